@@ -1,0 +1,1 @@
+"""Measuring models: questions, scores, metrics. Knows nothing of studies."""

@@ -1,0 +1,243 @@
+"""A model in, one frozen `Evaluation` out; saved as evidence, from which every metric can be computed again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from objectives.outcomes import Outcomes
+from search.errors import DiskError, EvaluationError
+
+if TYPE_CHECKING:
+    from objectives.scoring import Progress, Scorer
+    from objectives.tasks import Question
+    from search.config import TaskConfig
+
+FORMAT = "mergefront-evaluation-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What one model answered to n questions with at most k options.
+
+    Attributes:
+        outcomes: probabilities, computed from `loglikelihood / divisor` as float64 softmax.
+        loglikelihood: `(n, k)` float32, natural log, summed over the option's tokens; -inf after the last option.
+        divisor: `(n, k)` float32, what `normalize` divides by: 1 (none), the option's tokens, or its UTF-8 bytes
+            without the leading space; 1 after the last option.
+        mass: `(n,)` float32, probability of all options' texts together (letter format: of the letters).
+        scored_tokens: tokens that went through the model, padding not counted.
+        digest: which questions, in which order: `questions_digest`.
+        seconds: wall time of the scoring; not saved, 0.0 after `load`.
+    """
+
+    outcomes: Outcomes
+    loglikelihood: npt.NDArray[np.float32]
+    divisor: npt.NDArray[np.float32]
+    mass: npt.NDArray[np.float32]
+    scored_tokens: int
+    digest: str
+    seconds: float = 0.0
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Writes a safetensors file: staged beside, synced, renamed. Equal evaluations give equal bytes.
+
+        Returns:
+            SHA-256 of the file, in hex.
+
+        Raises:
+            DiskError: the file cannot be written; an earlier one stays as it was.
+        """
+        from safetensors.numpy import save
+
+        arrays = {
+            "divisor": self.divisor,
+            "gold": self.outcomes.gold,
+            "loglikelihood": self.loglikelihood,
+            "mass": self.mass,
+            "options": self.outcomes.options,
+            "task": self.outcomes.task,
+        }
+        metadata = {"format": FORMAT, "questions": self.digest, "scored_tokens": str(self.scored_tokens)}
+        content = _with_sorted_metadata(save({k: np.ascontiguousarray(v) for k, v in arrays.items()}), metadata)
+        target = Path(path)
+        staged = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            with staged.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(staged, target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            staged.unlink(missing_ok=True)
+            raise DiskError(f"{target}: cannot write the evaluation ({error.strerror}). Make room for it.") from error
+        return hashlib.sha256(content).hexdigest()
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, sha256: str | None = None, digest: str | None = None
+    ) -> Evaluation:
+        """Reads what `save` wrote and checks it.
+
+        Args:
+            sha256: what `save` returned; None skips the comparison.
+            digest: the questions it must be about; None skips the comparison.
+
+        Raises:
+            EvaluationError: no such file, another content, other questions, or arrays that do not fit together.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        where = Path(path)
+        try:
+            content = where.read_bytes()
+        except OSError as error:
+            raise EvaluationError(f"{where}: cannot read the evaluation ({error.strerror}).") from error
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise EvaluationError(f"{where}: SHA-256 is not the recorded {sha256[:12]}...: the file was changed.")
+        try:
+            arrays = load(content)
+            metadata = _metadata(content)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise EvaluationError(f"{where}: no evaluation file ({error}).") from error
+        if metadata.get("format") != FORMAT:
+            raise EvaluationError(f"{where}: format is {metadata.get('format')!r}, wanted '{FORMAT}'.")
+        found = metadata.get("questions", "")
+        if digest is not None and found != digest:
+            raise EvaluationError(f"{where}: is about other questions ({found[:12]}..., wanted {digest[:12]}...).")
+        floats, integers = ("loglikelihood", "divisor", "mass"), ("options", "gold", "task")
+        score, divisor, mass = (_array(where, arrays, name, np.float32) for name in floats)
+        options, gold, task = (_array(where, arrays, name, np.int64) for name in integers)
+        n = len(options)
+        columns = (score[:, 0] if score.ndim == 2 else score, mass, gold, task)
+        if score.ndim != 2 or divisor.shape != score.shape or any(array.shape != (n,) for array in columns):
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise EvaluationError(f"{where}: shapes do not fit together: {shapes}.")
+        if not (np.isfinite(divisor) & (divisor > 0)).all():
+            raise EvaluationError(f"{where}: a divisor is not a positive number.")
+        tokens = metadata.get("scored_tokens", "")
+        if not tokens.isdecimal():
+            raise EvaluationError(f"{where}: scored_tokens is {tokens!r}, wanted a number.")
+        try:
+            outcomes = _outcomes(score, divisor, options, gold, task)
+        except EvaluationError as error:
+            raise EvaluationError(f"{where}: {error}") from error
+        return cls(outcomes, score, divisor, mass, int(tokens), found)
+
+
+class Evaluator:
+    """Scores one list of questions, again and again, with whatever values the model holds at the moment.
+
+    Args:
+        model: a transformers causal language model, or a `Scorer` to share its set-up between evaluators.
+        tokenizer: ignored when a `Scorer` is given.
+        questions: all of one split, in the order of the evidence.
+        tasks: the study's tasks; `normalize` is read from them.
+
+    Raises:
+        ConfigError: a question that cannot be tokenised; nothing has been scored then.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, questions: Sequence[Question], tasks: Sequence[TaskConfig]
+    ) -> None:
+        from objectives.scoring import Scorer
+
+        self.scorer: Scorer = model if isinstance(model, Scorer) else Scorer(model, tokenizer)
+        self.questions = tuple(questions)
+        self.digest = questions_digest(self.questions, tasks)
+        self.tokens = self.scorer.prepare(self.questions)
+        self._tasks = tuple(tasks)
+
+    @property
+    def notes(self) -> list[str]:
+        """How the model is scored where that is not the default; complete after the first evaluation."""
+        return self.scorer.notes
+
+    def evaluate(self, progress: Progress | None = None) -> Evaluation:
+        """Scores every question.
+
+        Args:
+            progress: called with (questions done, questions).
+
+        Raises:
+            EvaluationError: a log-likelihood is not finite; the question is named.
+        """
+        start = time.perf_counter()
+        scores = self.scorer.loglikelihoods(self.questions, progress)
+        seconds = time.perf_counter() - start
+
+        # Rounded first, so that outcomes computed now and outcomes computed from the file are the same numbers.
+        score = scores.total.astype(np.float32)
+        divisor = np.ones_like(score)
+        for i, question in enumerate(self.questions):
+            n = len(question.options)
+            if question.normalizer is not None:
+                divisor[i, :n] = question.normalizer
+            elif self._tasks[question.task].normalize == "tokens":
+                divisor[i, :n] = scores.tokens[i, :n]
+        options = np.array([len(question.options) for question in self.questions], dtype=np.int64)
+        gold = np.array([question.gold for question in self.questions], dtype=np.int64)
+        task = np.array([question.task for question in self.questions], dtype=np.int64)
+        outcomes = _outcomes(score, divisor, options, gold, task)
+        mass = scores.mass.astype(np.float32)
+        return Evaluation(outcomes, score, divisor, mass, scores.fed, self.digest, seconds)
+
+
+def questions_digest(questions: Sequence[Question], tasks: Sequence[TaskConfig]) -> str:
+    """SHA-256 over the questions' keys in order and their tasks' normalisation."""
+    content = "\n".join(f"{question.key} {tasks[question.task].normalize}" for question in questions)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _outcomes(
+    score: npt.NDArray[np.float32],
+    divisor: npt.NDArray[np.float32],
+    options: npt.NDArray[np.int64],
+    gold: npt.NDArray[np.int64],
+    task: npt.NDArray[np.int64],
+) -> Outcomes:
+    return Outcomes.from_loglikelihoods(score.astype(np.float64) / divisor.astype(np.float64), options, gold, task)
+
+
+def _array(where: Path, arrays: dict[str, npt.NDArray[Any]], name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    if name not in arrays or arrays[name].dtype != dtype:
+        found = arrays[name].dtype if name in arrays else "nothing"
+        raise EvaluationError(f"{where}: array '{name}' is {found}, wanted {np.dtype(dtype)}.")
+    return arrays[name]
+
+
+def _with_sorted_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+    """Puts metadata into a safetensors header; the library's own writer orders it differently in every run."""
+    import json
+
+    size = int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + size])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    import json
+
+    size = int.from_bytes(content[:8], "little")
+    return {str(k): str(v) for k, v in json.loads(content[8 : 8 + size]).get("__metadata__", {}).items()}
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

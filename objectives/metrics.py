@@ -1,0 +1,122 @@
+"""The metrics by name: what a study file's `objectives` may say, with direction and worst value.
+
+Names: `accuracy`, `ece`, `ece:N`, `ece:mass`, `ece:N:mass`, `ece:debiased`, `ece:N:debiased`, `mce`, `brier`,
+`brier:top`, `nll`, `auroc`; with `@TASK` behind it, on the questions of one task only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from objectives import calibration
+from objectives.accuracy import accuracy
+from objectives.bootstrap import checked_weights, require_questions
+from objectives.outcomes import Floats, Outcomes
+from search.errors import ConfigError
+
+MAX_BINS = 1000
+
+_Function = Callable[[Outcomes, Floats | None], Floats]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number per set of outcomes, and which way is better.
+
+    Attributes:
+        name: as the user wrote it. maximize: whether higher is better.
+        worst: the worst possible value: this objective's coordinate of the hypervolume's reference point.
+        function: `(outcomes, weights)` to `(b,)`.
+        task: index of the only task that counts, or None for all questions.
+    """
+
+    name: str
+    maximize: bool
+    worst: float
+    function: _Function
+    task: int | None = None
+
+    def __call__(self, outcomes: Outcomes, weights: Floats | None = None) -> Floats:
+        """The metric's `(b,)` float64 values, one per row of `(b, n)` weights; b is 1 without weights.
+
+        All are finite, except that a metric of one task is NaN for a resample without any question of that
+        task (`resample_weights(..., strata=outcomes.task)` draws none such).
+
+        Raises:
+            EvaluationError: no questions, or weights that are not counts of these questions.
+        """
+        rows = None if weights is None else checked_weights(weights, len(outcomes))
+        if self.task is None:
+            return self.function(outcomes, rows)
+        index = np.flatnonzero(outcomes.task == self.task)
+        require_questions(index.size, self.name)
+        chosen = outcomes.select(index)
+        if rows is None:
+            return self.function(chosen, None)
+        rows = rows[:, index]
+        drawn = rows.any(axis=1)
+        values = np.full(rows.shape[0], np.nan)
+        if drawn.any():
+            values[drawn] = self.function(chosen, rows[drawn])
+        return values
+
+    def value(self, outcomes: Outcomes) -> float:
+        """The metric on the questions themselves."""
+        return float(self(outcomes)[0])
+
+
+_SIMPLE: dict[str, tuple[bool, float, _Function]] = {  # name -> maximize, worst value, function
+    "accuracy": (True, 0.0, accuracy),
+    "ece": (False, 1.0, calibration.ece),
+    "ece:mass": (False, 1.0, calibration.ece_mass),
+    "ece:debiased": (False, 1.0, calibration.ece_debiased),
+    "mce": (False, 1.0, calibration.mce),
+    "brier": (False, 2.0, calibration.brier),
+    "brier:top": (False, 1.0, calibration.brier_top),
+    "nll": (False, -math.log(calibration.NLL_FLOOR), calibration.nll),
+    "auroc": (True, 0.0, calibration.auroc),
+}
+METRIC_NAMES = tuple(_SIMPLE)
+_BINNED = re.compile(r"ece:([1-9][0-9]{0,3})(?::(mass|debiased))?", re.ASCII)
+_BINNED_FUNCTIONS = {"": calibration.ece, "mass": calibration.ece_mass, "debiased": calibration.ece_debiased}
+
+
+def get_metric(name: str, tasks: Sequence[str] = ()) -> Metric:
+    """The metric called `name`; `tasks` are the study's task names, in the order of `Outcomes.task`.
+
+    Raises:
+        ConfigError: no such metric or task; the nearest name is suggested.
+
+    >>> get_metric("ece:10").maximize, get_metric("accuracy@arc", tasks=["sciq", "arc"]).task
+    (False, 1)
+    """
+    base, at, task = name.partition("@")
+    index = None
+    if at:
+        if task not in tasks:
+            raise ConfigError(_unknown(f"objectives: {name}: no task called", task, tasks, "tasks"))
+        index = list(tasks).index(task)
+    if base in _SIMPLE:
+        maximize, worst, function = _SIMPLE[base]
+        return Metric(name, maximize, worst, function, index)
+    binned = _BINNED.fullmatch(base)
+    if binned is None:
+        known = (*METRIC_NAMES, "ece:10", "ece:10:mass")
+        raise ConfigError(_unknown("objectives: no metric called", base, known, "metrics"))
+    n_bins = int(binned[1])
+    if n_bins > MAX_BINS:
+        raise ConfigError(f"objectives: {name}: {n_bins} bins (wanted 1 to {MAX_BINS}).")
+    return Metric(name, False, 1.0, partial(_BINNED_FUNCTIONS[binned[2] or ""], n_bins=n_bins), index)
+
+
+def _unknown(problem: str, found: str, known: Sequence[str], kind: str) -> str:
+    near = difflib.get_close_matches(found.lower(), known, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{problem} {found!r}. {hint}The {kind} are: {', '.join(known) or 'none'}."

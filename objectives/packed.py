@@ -1,0 +1,166 @@
+"""A transformers causal language model fed with token trees: masks, the shared cache, and the output head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from objectives.tree_attention import Batch
+
+HEAD_VALUES = 2**25  # logits computed at once: 128 MiB in float32
+
+
+class Unpackable(Exception):
+    """The model cannot be fed token trees; the message says why."""
+
+
+class PackedModel:
+    """Runs batches of token trees after an optional shared prefix.
+
+    Args:
+        model: a transformers causal language model with `sdpa` or `eager` attention.
+
+    Raises:
+        Unpackable: another attention implementation, a layer type other than full and sliding attention, rotary
+            scaling that depends on the length of the batch, or a missing part.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.implementation = str(config._attn_implementation)
+        if self.implementation not in ("sdpa", "eager"):
+            raise Unpackable(f"attention '{self.implementation}' takes no mask of our own")
+        base, head = model.base_model, model.get_output_embeddings()
+        if base is model or head is None:
+            raise Unpackable(f"{type(model).__name__} has no separate output head")
+        self._base, self._head = base, head
+        self._device = model.get_input_embeddings().weight.device
+        self._dtype = model.dtype
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._window, self._types = _windows(config)
+        scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kinds = [scaling, *(value for value in scaling.values() if isinstance(value, dict))]
+        for kind in (str(entry.get("rope_type", "default")) for entry in kinds):
+            if kind in ("dynamic", "longrope"):
+                raise Unpackable(f"rotary scaling '{kind}' depends on the longest row of a batch")
+
+    @torch.inference_mode()
+    def prefix(self, tokens: tuple[int, ...]) -> Any:
+        """The key-value cache of `tokens`, shared by later batches; None for no tokens."""
+        if not tokens:
+            return None
+        from transformers.cache_utils import DynamicCache
+
+        n = len(tokens)
+        cache = DynamicCache()  # without a config it keeps every position; windows are the masks' business
+        position = torch.arange(n, device=self._device)[None]
+        end = torch.full((1, n), n, device=self._device)
+        self._base(
+            input_ids=torch.tensor([tokens], device=self._device),
+            attention_mask=self._masks(position, end, 0),
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return _shared(cache)
+
+    @torch.inference_mode()
+    def read(self, batch: Batch, cache: Any) -> npt.NDArray[np.float64]:
+        """`(r,)` float64: log-probability (natural) of the token of each of the batch's reads."""
+        tokens, position, end = (
+            torch.from_numpy(values).to(self._device) for values in (batch.tokens, batch.position, batch.end)
+        )
+        hidden = self._base(
+            input_ids=tokens,
+            attention_mask=self._masks(position, end, cache.get_seq_length() if cache is not None else 0),
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )[0]
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        nodes = torch.from_numpy(batch.nodes).to(hidden.device)
+        picked = np.empty(len(batch.reads))
+        step = max(1, HEAD_VALUES // self._head.weight.shape[0])
+        for first in range(0, len(nodes), step):
+            logits = self._logits(hidden[nodes[first : first + step]])
+            # Reads are grouped by option, nodes sorted: the reads of these nodes are found by value.
+            mine = np.nonzero((batch.reads[:, 0] >= first) & (batch.reads[:, 0] < first + step))[0]
+            at = torch.from_numpy(batch.reads[mine, 0] - first).to(logits.device)
+            wanted = torch.from_numpy(batch.reads[mine, 1]).to(logits.device)
+            value = logits[at, wanted] - torch.logsumexp(logits, dim=-1)[at]
+            picked[mine] = value.double().cpu().numpy()
+        return picked
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._head(hidden.to(self._head.weight.device))
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits.float()
+
+    def _masks(self, position: Tensor, end: Tensor, past: int) -> Tensor | dict[str, Tensor]:
+        """`(b, 1, n, past + n)` per layer type: what each token sees of the prefix and of its row.
+
+        A window is counted in positions (depth in the tree), never in places of the row.
+        """
+        n = position.shape[1]
+        place = torch.arange(n, device=position.device)
+        # [row, i, j]: j is i or an ancestor of i
+        sees = (place[None, None, :] <= place[None, :, None]) & (place[None, :, None] < end[:, None, :])
+        masks = {}
+        for kind in self._types:
+            own = sees
+            before = sees.new_ones((position.shape[0], n, past))
+            if kind == "sliding_attention":
+                own = own & (position[:, :, None] - position[:, None, :] < self._window)
+                depth = torch.arange(past, device=position.device)
+                before = position[:, :, None] - depth[None, None, :] < self._window
+            masks[kind] = self._as_mask(torch.cat([before, own], dim=-1)[:, None])
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _as_mask(self, sees: Tensor) -> Tensor:
+        if self.implementation == "sdpa":
+            return sees
+        mask = torch.zeros(sees.shape, dtype=self._dtype, device=sees.device)
+        return mask.masked_fill(~sees, torch.finfo(self._dtype).min)
+
+
+def _windows(config: Any) -> tuple[int, tuple[str, ...]]:
+    """(window in positions, the kinds of attention the layers use)."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # one kind for all: Mistral's window when it has one
+        kinds = ["full_attention" if window is None else "sliding_attention"]
+    types = tuple(sorted(set(kinds)))
+    unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise Unpackable(f"layers of type '{unknown[0]}' are no plain attention")
+    if "sliding_attention" in types and window is None:
+        raise Unpackable("sliding-window layers, but config.json has no sliding_window")
+    return int(window or 0), types
+
+
+def _shared(cache: Any) -> Any:
+    """A read-only view of a cache of one row, for batches of any size."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class SharedLayer(DynamicLayer):  # type: ignore[misc]
+        """Gives a layer the prefix and its own keys, and keeps nothing, so the next batch finds it unchanged."""
+
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            b = keys.shape[0]
+            return (
+                torch.cat([self.keys.expand(b, -1, -1, -1), keys], dim=-2),
+                torch.cat([self.values.expand(b, -1, -1, -1), values], dim=-2),
+            )
+
+    layers = []
+    for filled in cache.layers:
+        layer = SharedLayer()
+        layer.lazy_initialization(filled.keys, filled.values)
+        layer.keys, layer.values = filled.keys, filled.values
+        layers.append(layer)
+    return Cache(layers=layers)

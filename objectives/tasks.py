@@ -1,0 +1,379 @@
+"""Tasks of a study file -> questions, split once into those that search and those that report.
+
+The rules, in order:
+
+1. Rows are read and checked; the first bad one is a `ConfigError` with its file and line.
+2. Few-shot examples are the first `shots` rows, in file order, of another split of the same source when it
+   has one (MMLU `dev`, MMLU-Pro `validation`, else `train`), otherwise of the scored split itself. A question
+   that is an example anywhere is scored nowhere.
+3. Exact duplicates (same context, options and answer) are dropped.
+4. `limit` keeps the first N in the order of a hash of (split seed, raw question, options): the same ones
+   whatever the order of the file.
+5. The first `round(search x n)` in that order search, the others report. A question keeps its side across
+   tasks and formats, with another answer or with its options in another order: it never stands on both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from objectives.presets import LETTERS, PRESETS, Item, Preset, field, plain, text, texts
+from objectives.sources import Rows, Source, read_sources
+from search.errors import ConfigError
+
+if TYPE_CHECKING:
+    from search.config import SplitConfig, TaskConfig
+
+PROBE = "ANSWER"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question in the exact texts that are scored.
+
+    Attributes:
+        key: SHA-256 of the texts and the answer; the same in every run.
+        task: index into the study's tasks.
+        context: text before every option.
+        options: the continuations, as scored, with their leading space.
+        gold: index of the right option.
+        normalizer: what each option's log-likelihood is divided by when `normalize: bytes`; else None.
+        contexts: one context per option instead of `context` (WinoGrande); None otherwise.
+    """
+
+    key: str
+    task: int
+    context: str
+    options: tuple[str, ...]
+    gold: int
+    normalizer: tuple[float, ...] | None = None
+    contexts: tuple[str, ...] | None = None
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(context, continuation) of each option."""
+        contexts = self.contexts or (self.context,) * len(self.options)
+        return list(zip(contexts, self.options, strict=True))
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """All questions of a study; `search` and `report` are disjoint.
+
+    Attributes:
+        digest: SHA-256 over the task names, normalisations and every key in order: what a score depends on.
+        notes: what a reader should know: duplicates dropped, a `test` split used to search, ...
+    """
+
+    task_names: tuple[str, ...]
+    search: tuple[Question, ...]
+    report: tuple[Question, ...]
+    digest: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The items of one source that share a header and few-shot examples."""
+
+    items: tuple[Item, ...]
+    examples: tuple[Item, ...]
+
+
+def task_names(tasks: Sequence[TaskConfig]) -> tuple[str, ...]:
+    """The name of each task: `name`, else the preset (with its subset), else the file's stem. ConfigError on twins."""
+    names = []
+    for task in tasks:
+        name = task.name or task.preset or Path(task.path or "task").stem
+        if task.name is None and task.subset is not None:
+            name += f"-{task.subset}"
+        names.append(name)
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            twin = names.index(name)
+            raise ConfigError(f"tasks[{i}].name: '{name}' is the name of tasks[{twin}] too. Name one of them.")
+    return tuple(names)
+
+
+def load_questions(tasks: Sequence[TaskConfig], split: SplitConfig, tokenizer: Any) -> QuestionSet:
+    """Reads, formats and splits the questions of all tasks. Deterministic; needs no model.
+
+    Args:
+        tasks: as in the study file; relative paths are relative to the current folder.
+        split: share of the search split, per task, and the seed of the hash order.
+        tokenizer: the post-trained parent's; used for `chat_template: true` only, may be None otherwise.
+
+    Raises:
+        ConfigError: a source that cannot be read, a row that does not fit, a side without questions, an unknown
+            preset, two tasks of one name, a missing chat template.
+    """
+    if not tasks:
+        raise ConfigError("tasks: is empty. Name at least one source of questions.")
+    names = task_names(tasks)
+    notes: list[str] = []
+    groups = [_read(task, f"tasks[{i}] ({names[i]})", notes) for i, task in enumerate(tasks)]
+    shown = {_identity(item) for per_task in groups for group in per_task for item in group.examples}
+
+    sides: dict[str, bool] = {}
+    search: list[Question] = []
+    report: list[Question] = []
+    for i, task in enumerate(tasks):
+        where = f"tasks[{i}] ({names[i]})"
+        found = _format(task, i, where, groups[i], shown, split.seed, tokenizer, notes)
+        ranked = sorted(found, key=lambda pair: (pair[0], pair[1].key))
+        if task.limit is not None:
+            if task.limit > len(ranked):
+                notes.append(f"{where}: limit is {task.limit}, only {len(ranked)} questions are left; all are used.")
+            ranked = ranked[: task.limit]
+        _assign(sides, [rank for rank, _ in ranked], split.search)
+        for rank, question in ranked:
+            (search if sides[rank] else report).append(question)
+        counts = Counter(sides[rank] for rank, _ in ranked)
+        for side, label in ((True, "search"), (False, "report")):
+            if not counts[side]:
+                raise ConfigError(
+                    f"{where}: the {label} split has 0 of {len(ranked)} questions (split.search: {split.search}). "
+                    "Give more questions or move split.search."
+                )
+    parts = [names, [task.normalize for task in tasks], [q.key for q in search], [q.key for q in report]]
+    return QuestionSet(names, tuple(search), tuple(report), _sha256(parts), tuple(notes))
+
+
+def _read(task: TaskConfig, where: str, notes: list[str]) -> list[_Group]:
+    """The groups of one task: one per source, and per header within it (MMLU's subjects)."""
+    preset = _preset(task, where)
+    if preset is not None and task.fields is not None:
+        raise ConfigError(f"{where}.fields: preset '{task.preset}' knows its fields. Remove fields or preset.")
+    sources = read_sources(
+        task.path or (preset.hub if preset else ""),
+        where=where,
+        split=task.split,
+        subset=task.subset,
+        default_split=preset.split if preset else None,
+        default_subset=("all" if preset and preset.all_subsets and task.path is None else None)
+        or (preset.subset if preset else None),
+        fewshot=(preset.fewshot if preset else ("train", "dev")) if task.shots else (),
+        all_subsets=preset.all_subsets if preset else False,
+    )
+    if any(source.split == "test" for source in sources):
+        notes.append(f"{where}: searches on a split called 'test'; do not report that test set's score elsewhere.")
+    groups = []
+    repeated = 0
+    for source in sources:
+        notes.extend(source.notes)
+        items, twins = _items(source.rows, task, preset)
+        repeated += twins
+        shots = items if source.examples is None else _items(source.examples, task, preset)[0]
+        for header in dict.fromkeys(item.header for item in items):
+            examples = _examples([item for item in shots if item.header == header], task, source, where)
+            groups.append(_Group(tuple(item for item in items if item.header == header), examples))
+    if repeated:
+        notes.append(f"{where}: {repeated} questions have two equal options; kept, as lm-eval keeps them.")
+    return groups
+
+
+def _preset(task: TaskConfig, where: str) -> Preset | None:
+    if task.preset is None:
+        return None
+    if task.preset not in PRESETS:
+        import difflib
+
+        close = difflib.get_close_matches(task.preset, PRESETS, n=1)
+        hint = f"Did you mean '{close[0]}'?" if close else f"Choose one of: {', '.join(PRESETS)}."
+        raise ConfigError(f"{where}.preset: no preset is called '{task.preset}'. {hint}")
+    return PRESETS[task.preset]
+
+
+def _items(rows: Rows, task: TaskConfig, preset: Preset | None) -> tuple[list[Item], int]:
+    items = []
+    repeated = 0
+    for where, row in rows.rows:
+        try:
+            item = preset.read(row) if preset else _own(row, task.fields or {})
+            if len(set(item.choices)) < len(item.choices):
+                if preset is None:
+                    twin = next(c for c in item.choices if item.choices.count(c) > 1)
+                    raise ConfigError(f"choices holds '{twin[:60]}' twice")
+                repeated += 1
+            if task.format == "letter" and len(item.choices) > len(LETTERS):
+                raise ConfigError(f"{len(item.choices)} choices, but there are {len(LETTERS)} letters")
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}. Correct or remove this question.") from None
+        items.append(item)
+    return items, repeated
+
+
+def _own(row: Mapping[str, Any], names: Mapping[Any, str]) -> Item:
+    """A question of one's own: the answer is an index from 0, the text of a choice, or a label or letter."""
+    question = text(row, names.get("question", "question"))
+    key = names.get("choices", "choices")
+    labels: tuple[str, ...] = ()
+    listed = field(row, key)
+    if isinstance(listed, Mapping) and {"text", "label"} <= set(listed):  # ARC's way
+        row = {**row, key: listed["text"]}
+        labels = tuple(map(str, listed["label"]))
+    choices = texts(row, key)
+    name = names.get("answer", "answer")
+    return plain(question, choices, _gold(field(row, name), name, choices, labels))
+
+
+def _gold(answer: Any, name: str, choices: tuple[str, ...], labels: tuple[str, ...]) -> int:
+    n = len(choices)
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < n:
+            raise ConfigError(f"field '{name}' is {answer}, wanted an index from 0 to {n - 1}")
+        return answer
+    if not isinstance(answer, str):
+        raise ConfigError(f"field '{name}' is {answer!r}, wanted an index, a choice's text or its letter")
+    if answer in choices:  # the text wins over a letter
+        return choices.index(answer)
+    if answer in labels:
+        return labels.index(answer)
+    letter = answer.strip().upper()
+    if len(letter) == 1 and letter in LETTERS[:n]:
+        return LETTERS.index(letter)
+    if letter.isdecimal() and int(letter) < n:
+        return int(letter)
+    raise ConfigError(
+        f"field '{name}' is '{answer[:60]}', which is neither a choice, nor a letter from A to "
+        f"{LETTERS[min(n, 26) - 1]}, nor an index from 0 to {n - 1}"
+    )
+
+
+def _examples(items: list[Item], task: TaskConfig, source: Source, where: str) -> tuple[Item, ...]:
+    if len(items) < task.shots or (source.examples is None and task.shots and len(items) == task.shots):
+        place = f"split '{source.examples_split}'" if source.examples_split else "the scored questions"
+        raise ConfigError(
+            f"{where}.shots: {task.shots} examples wanted, but {place} have {len(items)} rows. Lower shots."
+        )
+    return tuple(items[: task.shots])
+
+
+def _format(
+    task: TaskConfig,
+    index: int,
+    where: str,
+    groups: list[_Group],
+    shown: set[str],
+    seed: int,
+    tokenizer: Any,
+    notes: list[str],
+) -> list[tuple[str, Question]]:
+    """(rank in the hash order, question) of each distinct question of one task that is no example."""
+    chat = _Chat(tokenizer, where) if task.chat_template else None
+    shuffle = task.format == "letter" and task.preset is not None and PRESETS[task.preset].shuffle
+    found: dict[str, tuple[str, Question]] = {}
+    duplicates = examples = 0
+    for group in groups:
+        prefix = _prefix(task, [_shuffled(item) if shuffle else item for item in group.examples])
+        for item in group.items:
+            identity = _identity(item)
+            if identity in shown:
+                examples += 1
+                continue
+            question = _question(task, index, _shuffled(item) if shuffle else item, prefix, chat)
+            duplicates += question.key in found
+            found[question.key] = (_sha256([seed, identity]), question)
+    if duplicates:
+        notes.append(f"{where}: {duplicates} exact duplicates dropped.")
+    if examples:
+        notes.append(f"{where}: {examples} questions are few-shot examples and are not scored.")
+    return list(found.values())
+
+
+def _prefix(task: TaskConfig, examples: Sequence[Item]) -> str:
+    shots = []
+    for item in examples:
+        if task.format == "letter":
+            shots.append(f"{_letter_prompt(item)} {LETTERS[item.gold]}\n\n")
+        elif item.prompts:
+            shots.append(f"{item.prompts[item.gold]} {item.target}\n\n")
+        else:
+            shots.append(f"{item.prompt} {item.choices[item.gold]}\n\n")
+    return "".join(shots)
+
+
+def _letter_prompt(item: Item) -> str:
+    lines = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(item.choices)]
+    return "\n".join([item.stem, *lines, "Answer:"])
+
+
+def _question(task: TaskConfig, index: int, item: Item, prefix: str, chat: _Chat | None) -> Question:
+    """Puts one item into the task's format.
+
+    The scored text starts with a space after a plain prompt ("Answer:" + " B"), as in lm-eval, and as tokenizers
+    write words. After a chat template it starts with what the template itself puts before an assistant's answer,
+    mostly nothing: then the letter is "B", since nothing but the template's own line break precedes it.
+    """
+    letter = task.format == "letter"
+    header = item.letter_header if letter else item.header
+    answers = tuple(LETTERS[: len(item.choices)]) if letter else item.choices
+    bodies = (_letter_prompt(item),) if letter else item.prompts or (item.prompt,)
+    if item.prompts and not letter:
+        answers = (item.target,) * len(item.choices)
+    contexts = [header + prefix + body for body in bodies]
+    space = " "
+    if chat is not None:
+        contexts = [chat.wrap(context) for context in contexts]
+        space = chat.space
+    options = tuple(space + answer for answer in answers)
+    normalizer = tuple(float(len(a.encode("utf-8"))) for a in answers) if task.normalize == "bytes" else None
+    several = tuple(contexts) if len(contexts) > 1 else None
+    question = Question("", index, contexts[0] if several is None else "", options, item.gold, normalizer, several)
+    return replace(question, key=_sha256([question.context, several, options, item.gold]))
+
+
+class _Chat:
+    """Wraps a prompt as a user's turn, up to where the assistant's answer starts."""
+
+    def __init__(self, tokenizer: Any, where: str) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(f"{where}.chat_template: the post parent's tokenizer has none. Set chat_template: false.")
+        self._tokenizer = tokenizer
+        self._where = where
+        start = self.wrap("Question")
+        turn = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": PROBE}]
+        whole = self._render(turn, generate=False)
+        between = whole[len(start) :].split(PROBE)[0] if whole.startswith(start) and PROBE in whole else ""
+        self.space = between if between.isspace() else ""
+
+    def wrap(self, prompt: str) -> str:
+        return self._render([{"role": "user", "content": prompt}], generate=True)
+
+    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
+        try:
+            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except Exception as error:  # a template is a program: it raises what it likes
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{self._where}.chat_template: the template fails ({reason}).") from error
+        return str(rendered)
+
+
+def _shuffled(item: Item) -> Item:
+    """The options in an order that depends on the question alone."""
+    order = sorted(range(len(item.choices)), key=lambda i: _sha256([item.question, item.choices[i], i]))
+    return replace(item, choices=tuple(item.choices[i] for i in order), gold=order.index(item.gold))
+
+
+def _identity(item: Item) -> str:
+    """Equal for the same question in any format, with its options in any order, whatever the answer."""
+    return _sha256([" ".join(item.question.split()), sorted(item.choices)])
+
+
+def _assign(sides: dict[str, bool], ranks: Sequence[str], share: float) -> None:
+    """Gives each rank without a side one: the first ones search until `round(share x n)` questions do."""
+    size = Counter(ranks)
+    room = round(share * len(ranks)) - sum(n for rank, n in size.items() if sides.get(rank))
+    for rank in sorted(size):
+        if rank not in sides:
+            sides[rank] = room > 0
+            room -= size[rank] if sides[rank] else 0
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,329 @@
+"""The board: all complete trials of a study with intervals on both splits, from storage and evidence alone.
+
+`front --format json` is `Board.to_json()`; tables, plots, picks and model cards read the same object.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from objectives.bootstrap import interval, resample_weights
+from objectives.metrics import Metric, get_metric
+from objectives.outcomes import Outcomes
+from search.errors import ConfigError
+from search.evidence import EvidenceFolder
+from search.front import hypervolume, hypervolume_batch
+from search.storage import StudyStore, TrialRecord
+from search.study import front_of
+
+Split = Literal["search", "report"]
+SPLITS: tuple[Split, ...] = ("search", "report")
+BESIDE = (
+    "accuracy",
+    "ece",
+    "brier",
+    "nll",
+    "auroc",
+)  # ECE alone can be gamed: the report never shows it alone
+RESAMPLES = 1000
+
+Samples = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric of one trial on one split, with its 95 % bootstrap interval over questions."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial. `report` is empty if the trial was not scored there; `against` holds paired differences on the
+    report split: this trial minus that parent."""
+
+    trial: int
+    kind: str
+    label: str
+    front: bool
+    method: str
+    coefficients: Mapping[str, float]
+    search: Mapping[str, Cell]
+    report: Mapping[str, Cell]
+    against: Mapping[str, Mapping[str, Cell]] = field(default_factory=dict)
+
+    def on(self, split: Split) -> Mapping[str, Cell]:
+        return self.search if split == "search" else self.report
+
+    def to_json(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {
+            "trial": self.trial,
+            "kind": self.kind,
+            "label": self.label,
+            "front": self.front,
+            "recipe": {"method": self.method, "coefficients": dict(self.coefficients)},
+            "search": {name: cell.to_json() for name, cell in self.search.items()},
+            "report": {name: cell.to_json() for name, cell in self.report.items()},
+        }
+        if self.against:
+            shown["against"] = {
+                parent: {name: cell.to_json() for name, cell in cells.items()}
+                for parent, cells in self.against.items()
+            }
+        return shown
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Hypervolume of the front and of the uniform line on one split, and the front's gain over it.
+
+    `gain` is front minus uniform, with its paired interval. The reference point is that of the search split.
+    """
+
+    front: float
+    uniform: float
+    gain: Cell
+
+    def to_json(self) -> dict[str, Any]:
+        return {"front": self.front, "uniform": self.uniform, "gain": self.gain.to_json()}
+
+
+@dataclass(frozen=True)
+class Board:
+    """All complete trials by number; `reference` is the corner of the parents' worst values on the search split."""
+
+    study: str
+    objectives: tuple[tuple[str, bool], ...]
+    reference: Mapping[str, float]
+    hypervolume: Mapping[Split, Volume]
+    rows: tuple[Row, ...]
+    questions: Mapping[str, int]
+
+    @property
+    def front(self) -> tuple[Row, ...]:
+        """Rows of the front, the best in the first objective first."""
+        name, maximize = self.objectives[0]
+        kept = [row for row in self.rows if row.front]
+        return tuple(
+            sorted(kept, key=lambda row: -row.search[name].value if maximize else row.search[name].value)
+        )
+
+    @property
+    def maximize(self) -> tuple[bool, ...]:
+        return tuple(maximize for _, maximize in self.objectives)
+
+    def of_kind(self, *kinds: str) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.kind in kinds)
+
+    def uniform_line(self) -> tuple[Row, ...]:
+        """Parents and uniform merges, from `pre` to `post`."""
+        line = self.of_kind("pre", "post", "uniform")
+        return tuple(sorted(line, key=lambda row: next(iter(row.coefficients.values()))))
+
+    def points(self, rows: Sequence[Row], split: Split) -> NDArray[np.float64]:
+        """Objectives of some rows on one split: `(n, m)`."""
+        values = [[row.on(split)[name].value for name, _ in self.objectives] for row in rows]
+        return np.array(values, dtype=np.float64).reshape(len(rows), len(self.objectives))
+
+    def row(self, trial: int) -> Row:
+        for row in self.rows:
+            if row.trial == trial:
+                return row
+        raise ConfigError(f"trial {trial}: study '{self.study}' has no complete trial of that number.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `front --format json`."""
+        return {
+            "study": self.study,
+            "objectives": [
+                {"name": n, "direction": "maximize" if m else "minimize"} for n, m in self.objectives
+            ],
+            "reference": dict(self.reference),
+            "hypervolume": {split: volume.to_json() for split, volume in self.hypervolume.items()},
+            "questions": dict(self.questions),
+            "trials": [row.to_json() for row in self.rows],
+        }
+
+    def to_csv(self) -> str:
+        """One line a trial: scores with intervals on both splits, then coefficients."""
+        metrics = {
+            split: list(dict.fromkeys(n for row in self.rows for n in row.on(split))) for split in SPLITS
+        }
+        groups = list(self.rows[0].coefficients) if self.rows else []
+        header = ["trial", "kind", "label", "front"]
+        for split in SPLITS:
+            header += [f"{split}.{name}{part}" for name in metrics[split] for part in ("", ".low", ".high")]
+        lines: list[list[Any]] = [[*header, *groups]]
+        for row in self.rows:
+            line: list[Any] = [row.trial, row.kind, row.label, int(row.front)]
+            for split in SPLITS:
+                for name in metrics[split]:
+                    cell = row.on(split).get(name)
+                    line += ["", "", ""] if cell is None else [cell.value, cell.low, cell.high]
+            lines.append([*line, *(row.coefficients[group] for group in groups)])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        return text.getvalue()
+
+
+def read_board(store: StudyStore) -> Board:
+    """Computes the board of a study.
+
+    Intervals resample questions, the same resamples for every trial, so differences are paired.
+
+    Raises:
+        ConfigError: no trial is complete yet. StorageError: the evidence of a trial is missing.
+    """
+    attributes = store.attributes()
+    tasks = attributes["facts"]["tasks"]
+    objectives = tuple((str(name), bool(maximize)) for name, maximize in attributes["objectives"])
+    metrics = [get_metric(name, tasks=tasks) for name, _ in objectives]
+    done = [record for record in store.trials() if record.state == "complete"]
+    parents = {record.kind: record for record in done if record.kind in ("pre", "post")}
+    if len(parents) < 2:
+        raise ConfigError(
+            f"study '{store.name}' has not scored its parents yet. Resume it: mergefront resume {store.name}"
+        )
+    on_front = front_of(done, [maximize for _, maximize in objectives])
+    computer = _Computer(EvidenceFolder(store.url, store.name), tasks)
+    beside = [*metrics, *(get_metric(name) for name in BESIDE if name not in dict(objectives))]
+
+    rows: list[Row] = []
+    samples: dict[Split, dict[int, Samples]] = {"search": {}, "report": {}}
+    for record in done:
+        cells: dict[Split, dict[str, Cell]] = {"search": {}, "report": {}}
+        for split in SPLITS:
+            digest = (
+                record.attributes["evidence"]
+                if split == "search"
+                else attributes.get(f"report:{record.number}")
+            )
+            if digest is None:
+                continue
+            shown = metrics if split == "search" else beside
+            cells[split], samples[split][record.number] = computer.cells(split, str(digest), shown)
+        rows.append(_row(record, record.number in on_front, cells))
+    reference = _reference(objectives, parents)
+    against = {
+        parent: record.number for parent, record in parents.items() if record.number in samples["report"]
+    }
+    return Board(
+        study=store.name,
+        objectives=objectives,
+        reference=reference,
+        hypervolume={split: _volume(rows, samples[split], split, objectives, reference) for split in SPLITS},
+        rows=tuple(_with_differences(row, samples["report"], against, rows) for row in rows),
+        questions=attributes["facts"]["questions"],
+    )
+
+
+class _Computer:
+    """Metrics of evidence files with their bootstrap samples, each file and metric once."""
+
+    def __init__(self, evidence: EvidenceFolder, tasks: Sequence[str]) -> None:
+        self._evidence = evidence
+        self._weights: dict[Split, NDArray[np.float64]] = {}
+        self._known: dict[tuple[str, str], tuple[Cell, NDArray[np.float64]]] = {}
+
+    def cells(self, split: Split, digest: str, metrics: Sequence[Metric]) -> tuple[dict[str, Cell], Samples]:
+        missing = [metric for metric in metrics if (digest, metric.name) not in self._known]
+        if missing:
+            outcomes = self._evidence.load(digest).outcomes
+            weights = self._resamples(split, outcomes)
+            for metric in missing:
+                value, drawn = metric.value(outcomes), metric(outcomes, weights)
+                low, high = interval(drawn, value=value)
+                # At the edge of a metric's range rounding may put the value a hair outside its interval.
+                self._known[digest, metric.name] = (Cell(value, min(low, value), max(high, value)), drawn)
+        found = {metric.name: self._known[digest, metric.name] for metric in metrics}
+        return {name: cell for name, (cell, _) in found.items()}, {
+            name: drawn for name, (_, drawn) in found.items()
+        }
+
+    def _resamples(self, split: Split, outcomes: Outcomes) -> NDArray[np.float64]:
+        if split not in self._weights:
+            self._weights[split] = resample_weights(len(outcomes), RESAMPLES, strata=outcomes.task)
+        return self._weights[split]
+
+
+def _row(record: TrialRecord, on_front: bool, cells: Mapping[Split, Mapping[str, Cell]]) -> Row:
+    coefficient = next(iter(record.coefficients.values()))
+    label = {"uniform": f"uniform {coefficient:g}", "search": f"trial {record.number}"}.get(
+        record.kind, record.kind
+    )
+    return Row(
+        trial=record.number,
+        kind=record.kind,
+        label=label,
+        front=on_front,
+        method=str(record.attributes["method"]),
+        coefficients=record.coefficients,
+        search=cells["search"],
+        report=cells["report"],
+    )
+
+
+def _reference(
+    objectives: Sequence[tuple[str, bool]], parents: Mapping[str, TrialRecord]
+) -> dict[str, float]:
+    """The corner of the parents' worst values: what is worse than both parents adds no volume."""
+    values = np.array([parents[kind].values for kind in ("pre", "post")])
+    worst = np.where([maximize for _, maximize in objectives], values.min(axis=0), values.max(axis=0))
+    return {name: float(value) for (name, _), value in zip(objectives, worst, strict=True)}
+
+
+def _volume(
+    rows: Sequence[Row],
+    samples: Mapping[int, Samples],
+    split: Split,
+    objectives: Sequence[tuple[str, bool]],
+    reference: Mapping[str, float],
+) -> Volume:
+    """Hypervolumes of one split; all zero before the split is scored."""
+    names = [name for name, _ in objectives]
+    maximise = tuple(maximize for _, maximize in objectives)
+    corner = [reference[name] for name in names]
+    point: list[float] = []
+    drawn: list[NDArray[np.float64]] = []
+    for wanted in (lambda row: row.front, lambda row: row.kind in ("pre", "post", "uniform")):
+        chosen = [row for row in rows if wanted(row) and row.trial in samples]
+        values = [[row.on(split)[name].value for name in names] for row in chosen]
+        point.append(hypervolume(values, corner, maximise=maximise) if chosen else 0.0)
+        stack = [np.stack([samples[row.trial][name] for name in names], axis=-1) for row in chosen]
+        drawn.append(
+            hypervolume_batch(np.stack(stack, axis=1), corner, maximise=maximise)
+            if stack
+            else np.zeros(RESAMPLES)
+        )
+    gain = point[0] - point[1]
+    low, high = interval(drawn[0] - drawn[1], value=gain)
+    return Volume(point[0], point[1], Cell(gain, min(low, gain), max(high, gain)))
+
+
+def _with_differences(
+    row: Row, samples: Mapping[int, Samples], against: Mapping[str, int], rows: Sequence[Row]
+) -> Row:
+    """The row with its paired differences to both parents, if it is on the front or the uniform line."""
+    if row.trial not in samples or not (row.front or row.kind == "uniform") or row.trial in against.values():
+        return row
+    found: dict[str, dict[str, Cell]] = {}
+    by_number = {other.trial: other for other in rows}
+    for parent, number in against.items():
+        found[parent] = {}
+        for name, drawn in samples[row.trial].items():
+            value = row.report[name].value - by_number[number].report[name].value
+            low, high = interval(drawn - samples[number][name], value=value)
+            found[parent][name] = Cell(value, min(low, value), max(high, value))
+    return Row(**{**row.__dict__, "against": found})

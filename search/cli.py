@@ -1,0 +1,372 @@
+"""The command line: parse, call, print, translate errors. stdout carries results only; all else goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from search import __version__
+from search.errors import ConfigError, MergefrontError
+from search.interrupt import Interrupted, interruptible
+
+app = typer.Typer(
+    name="mergefront",
+    help="Finds, proves and ships the best merges between a pre-trained and a post-trained checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
+
+ADVANCED = "Advanced"
+Study = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name, or its study file.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="Optuna storage: sqlite:///PATH or postgresql+psycopg://...  [default: $MERGEFRONT_STORAGE, "
+        "$OPTUNA_STORAGE, or sqlite:///runs/NAME/study.db]",
+    ),
+]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the study file; repeatable."),
+]
+Device = Annotated[str, typer.Option(help="Where the model lives: auto, cpu, cuda, cuda:N.")]
+Workers = Annotated[int, typer.Option(min=1, max=256, help="Processes that share the study on this machine.")]
+Grace = Annotated[
+    float,
+    typer.Option(min=1, help="Seconds of silence before a remote worker is dead.", rich_help_panel=ADVANCED),
+]
+ShowConfig = Annotated[
+    bool, typer.Option("--show-config", help="Print the effective study file as JSON and stop.")
+]
+AsWorker = Annotated[bool, typer.Option("--as-worker", hidden=True)]
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class SplitName(StrEnum):
+    search = "search"
+    report = "report"
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only results, warnings and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    log_file: Annotated[
+        Path | None, typer.Option("--log-file", metavar="FILE", help="Also log to this file.")
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        print(f"mergefront {__version__}")
+        raise typer.Exit
+    _OPTIONS.update(quiet=quiet, debug=debug)
+    _start_logging(verbose or debug, quiet, log_file)
+
+
+_OPTIONS = {"quiet": False, "debug": False}
+
+
+@app.command()
+def check(study: Study, overrides: Set = [], device: Device = "auto") -> None:  # noqa: B006
+    """Validates a study and says what it would take; runs nothing."""
+    from search.config import load_study_file
+    from search.materials import Materials
+    from search.preflight import describe
+
+    for line in describe(Materials.open(load_study_file(study, overrides), device)):
+        print(line)
+
+
+@app.command()
+def launch(
+    study: Study,
+    storage: Storage = None,
+    trials: Annotated[
+        str | None, typer.Option(metavar="N", help="Search trials beyond the baselines.")
+    ] = None,
+    workers: Workers = 1,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to continue a study that exists.")] = False,
+    show_config: ShowConfig = False,
+    grace: Grace = 150.0,
+) -> None:
+    """Creates the study, or continues it when it exists with the same config."""
+    from search.config import load_study_file
+    from search.study import create, set_budget
+
+    config = load_study_file(study, overrides)
+    if show_config:
+        print(json.dumps(config.to_json(), indent=2))
+        return
+    url = _url(storage, config.name)
+    with interruptible():
+        store, materials = create(config, url, device, fresh=fresh, grace=grace)
+        # A budget that was extended before is not taken back by launching the same file again.
+        set_budget(store, trials if trials is not None else max(config.trials, set_budget(store, None)))
+        _run(store, materials, workers, device)
+
+
+@app.command()
+def resume(
+    name: Name,
+    storage: Storage = None,
+    trials: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="New number of search trials, or +N to extend a finished study."),
+    ] = None,
+    workers: Workers = 1,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+    grace: Grace = 150.0,
+    as_worker: AsWorker = False,
+) -> None:
+    """Continues a study from its storage alone. A finished one is left as it is."""
+    from search.study import reopen, set_budget
+
+    with interruptible():
+        store, materials = reopen(
+            _url(storage, _study_name(name)), _study_name(name), device, overrides, grace=grace
+        )
+        set_budget(store, trials)
+        _run(store, materials, workers, device, overrides, as_worker=as_worker)
+
+
+@app.command()
+def status(
+    name: Name,
+    storage: Storage = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Trials by state, front size, hypervolume, rate, time left."""
+    from search.status import read_status
+
+    found = read_status(_open(name, storage))
+    print(json.dumps(found.to_json(), indent=2) if as_json else found.text())
+
+
+@app.command()
+def front(
+    name: Name,
+    storage: Storage = None,
+    format: Annotated[Format, typer.Option("-f", "--format", help="How to print it.")] = Format.table,
+    split: Annotated[
+        SplitName | None, typer.Option(help="The table's split [default: report once it is scored].")
+    ] = None,
+) -> None:
+    """The front with parents, uniform line and intervals."""
+    from search.board import read_board
+    from search.tables import front_table
+
+    board = read_board(_open(name, storage))
+    if format is Format.json:
+        print(json.dumps(board.to_json(), indent=2, allow_nan=False))
+    elif format is Format.csv:
+        print(board.to_csv(), end="")
+    else:
+        print(front_table(board, None if split is None else split.value))
+
+
+@app.command()
+def export(
+    name: Name,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder that gets one folder a trial.")
+    ],
+    storage: Storage = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEL",
+            help="knee, best-accuracy, best-calibration, trial:N, or prefer:accuracy=0.7,ece=0.3  [default: knee]",
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every trial of the front.")] = False,
+    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Also write checkpoints.")] = False,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace earlier exports of these trials.", rich_help_panel="Dangerous"
+        ),
+    ] = False,
+) -> None:
+    """Merge configs that mergekit rebuilds bit for bit; with --weights, checkpoints too."""
+    from search.board import read_board
+    from search.export import export_rows
+    from search.picks import pick
+
+    if select is not None and everything:
+        raise ConfigError("--select and --all: give one of them.")
+    with interruptible():
+        store = _open(name, storage)
+        board = read_board(store)
+        rows = list(board.front) if everything else [pick(board, select or "knee")]
+        for folder in export_rows(
+            store, board, rows, out, weights=weights, overwrite=overwrite, overrides=overrides
+        ):
+            print(folder)
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An export folder of one trial, or of several.")
+    ],
+    storage: Storage = None,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Re-reads an export, checks its manifest, and re-scores its checkpoint against the stored numbers."""
+    from search.verify import verify_folder
+
+    with interruptible():
+        for line in verify_folder(folder, storage, overrides, device):
+            print(line)
+
+
+@app.command()
+def report(
+    name: Name,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for pictures and page.")],
+    storage: Storage = None,
+) -> None:
+    """Plots and one self-contained HTML page."""
+    from search.report import write_report
+
+    for path in write_report(_open(name, storage), out):
+        print(path)
+
+
+def main() -> None:
+    """Entry point of the `mergefront` command."""
+    try:
+        app()
+    except MergefrontError as error:
+        _fail(str(error), error.exit_code)
+    except Interrupted as stop:
+        logging.getLogger("mergefront").warning("stopped by %s; run the same command again to continue", stop)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of stdout went away
+        sys.exit(1)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error}. This is a defect of mergefront; --debug shows where.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if _OPTIONS["debug"]:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {_printable(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _printable(message: str) -> str:
+    """One line without control characters: names of models and files are not ours."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split(" ")))
+
+
+def _study_name(name: str) -> str:
+    """`NAME` is a study's name or its study file."""
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        from search.config import load_study_file
+
+        return load_study_file(Path(name)).name
+    return name
+
+
+def _url(storage: str | None, name: str) -> str:
+    given = storage or os.environ.get("MERGEFRONT_STORAGE") or os.environ.get("OPTUNA_STORAGE")
+    return given or f"sqlite:///{Path('runs') / name / 'study.db'}"
+
+
+def _open(name: str, storage: str | None) -> Any:
+    from search.storage import StudyStore
+
+    return StudyStore.open(_url(storage, _study_name(name)), _study_name(name))
+
+
+def _run(
+    store: Any,
+    materials: Any,
+    workers: int,
+    device: str,
+    overrides: list[str] | None = None,
+    *,
+    as_worker: bool = False,
+) -> None:
+    from search.board import read_board
+    from search.progress import ProgressPrinter, stderr_console
+    from search.study import run
+    from search.tables import front_table
+    from search.workers import helpers, use_threads
+
+    use_threads(workers)
+    printer = ProgressPrinter(store, materials, stderr_console(), quiet=_OPTIONS["quiet"] or as_worker)
+    with helpers(workers - 1, store, device, overrides or []), _closing(printer):
+        run(store, materials, printer, report=not as_worker)
+    if not as_worker and not _OPTIONS["quiet"]:
+        print(front_table(read_board(store)))
+        where = "" if store.url == _url(None, store.name) else f" --storage {store.url}"
+        print(
+            f"next: mergefront report {store.name}{where} --out runs/{store.name}/report\n"
+            f"      mergefront export {store.name}{where} --select knee --weights --out runs/{store.name}/export",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def _closing(printer: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        printer.close()
+
+
+def _start_logging(verbose: bool, quiet: bool, file: Path | None) -> None:
+    logger = logging.getLogger("mergefront")
+    logger.handlers.clear()
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(stream)
+    if file is not None:
+        try:
+            log = logging.FileHandler(file, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--log-file {file}: cannot be written: {error.strerror}.") from error
+        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(log)
+
+
+if __name__ == "__main__":
+    main()

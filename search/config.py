@@ -1,0 +1,299 @@
+"""The study file, typed. Every key is checked before anything is opened; unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from objectives.metrics import get_metric
+from search.errors import ConfigError
+from search.strict_yaml import load_yaml
+
+SCHEMA = 1
+OPTUNA_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc", "grid")
+PYMOO_ALGORITHMS = ("nsga2", "nsga3", "unsga3", "sms-emoa", "spea2", "ctaea")
+
+# Where things lie, and how long to search: may differ between two runs of one study. What lies there is
+# compared by content (the digests of parents and questions), not by path.
+_NOT_IDENTITY = re.compile(r"^(trials|parents\.(pre|post)|tasks\.\d+\.path)$")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+class ParentsConfig(_Section):
+    """The two checkpoints: a folder, or a hub id such as `org/name` or `org/name@revision`."""
+
+    pre: str = Field(min_length=1)
+    post: str = Field(min_length=1)
+
+
+class MergeConfig(_Section):
+    """How two tensors become one, and the dtype of the result."""
+
+    method: Literal["linear", "slerp"] = "linear"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class SpaceConfig(_Section):
+    """Which tensors share a coefficient, and how far a coefficient may go: 0 is `pre`, 1 is `post`.
+
+    Bounds hold both parents, since the parents and the uniform line are trials of every study and seed its search.
+    """
+
+    granularity: str = "layer"
+    components: list[Literal["attention", "mlp", "norms"]] = []
+    low: float = Field(default=0.0, ge=-10.0, le=0.0)
+    high: float = Field(default=1.0, ge=1.0, le=10.0)
+
+    @field_validator("granularity")
+    @classmethod
+    def _known_granularity(cls, value: str) -> str:
+        if not re.fullmatch(r"uniform|layer|tensor|block:[1-9][0-9]{0,3}", value):
+            raise ValueError(
+                f"found '{value}', wanted uniform, layer, tensor or block:N (N layers share a group)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _components_fit(self) -> SpaceConfig:
+        if len(set(self.components)) != len(self.components):
+            raise ValueError("components: found one twice; name each once")
+        if self.components and self.granularity in ("uniform", "tensor"):
+            raise ValueError(
+                f"components: do not go with granularity {self.granularity}; remove one of the two"
+            )
+        return self
+
+
+class TaskConfig(_Section):
+    """One source of questions: a preset, or JSON lines / a dataset with fields of your own."""
+
+    preset: str | None = None
+    path: str | None = None
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    split: str | None = None
+    subset: str | None = None
+    format: Literal["continuation", "letter"] = "continuation"
+    normalize: Literal["none", "tokens", "bytes"] = "none"
+    shots: int = Field(default=0, ge=0, le=64)
+    limit: int | None = Field(default=None, ge=1)
+    chat_template: bool = False
+    fields: dict[Literal["question", "choices", "answer"], str] | None = None
+
+    @model_validator(mode="after")
+    def _has_source(self) -> TaskConfig:
+        if self.preset is None and self.path is None:
+            raise ValueError("names no source; give a preset, a path, or both")
+        return self
+
+
+class SplitConfig(_Section):
+    """`search`: the share of questions that steers the search; the others are the report split.
+
+    `report` says which trials are scored on the report split when the search is over: the front with its baselines,
+    or all of them (never to choose among them: to show what choosing on the search split was worth).
+    """
+
+    search: float = Field(default=0.5, gt=0.0, lt=1.0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    report: Literal["front", "all"] = "front"
+
+
+class SamplerConfig(_Section):
+    """What proposes the next recipe. `population` is for genetic algorithms, `startup` (random trials before the
+    model takes over) for tpe and gp, `points` (per group) for grid."""
+
+    engine: Literal["optuna", "pymoo"] = "optuna"
+    name: str = "tpe"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    population: int | None = Field(default=None, ge=4, le=10_000)
+    startup: int | None = Field(default=None, ge=0, le=10_000)
+    points: int | None = Field(default=None, ge=2, le=1001)
+
+    @model_validator(mode="after")
+    def _known_sampler(self) -> SamplerConfig:
+        known = OPTUNA_SAMPLERS if self.engine == "optuna" else PYMOO_ALGORITHMS
+        if self.name not in known:
+            raise ValueError(
+                f"name: {self.engine} has no '{self.name}' here. Choose one of: {', '.join(known)}"
+            )
+        genetic = self.engine == "pymoo" or self.name in ("nsga2", "nsga3")
+        for key, fits in (
+            ("population", genetic),
+            ("startup", self.name in ("tpe", "gp")),
+            ("points", self.name == "grid"),
+        ):
+            if getattr(self, key) is not None and not fits:
+                raise ValueError(f"{key}: does not go with {self.engine} {self.name}; remove it")
+        return self
+
+
+class StudyConfig(_Section):
+    """A whole study file."""
+
+    model_config = ConfigDict(**(_Section.model_config | ConfigDict(populate_by_name=True)))
+
+    schema_version: Literal[1] = Field(alias="schema")
+    name: str = Field(pattern=r"^[a-z0-9-]{1,64}$")
+    parents: ParentsConfig
+    merge: MergeConfig = MergeConfig()
+    space: SpaceConfig = SpaceConfig()
+    tasks: Annotated[list[TaskConfig], Field(min_length=1, max_length=64)]
+    split: SplitConfig = SplitConfig()
+    objectives: Annotated[list[str], Field(min_length=1, max_length=8)] = ["accuracy", "ece"]
+    sampler: SamplerConfig = SamplerConfig()
+    trials: int = Field(default=64, ge=0, le=1_000_000)
+
+    @field_validator("objectives")
+    @classmethod
+    def _known_objectives(cls, value: list[str]) -> list[str]:
+        for name in value:
+            metric, _, _ = name.partition("@")  # the task of METRIC@TASK is checked once the tasks are read
+            try:
+                get_metric(metric)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        if len(set(value)) != len(value):
+            raise ValueError("found one twice; name each once")
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        """The frozen form that is stored in the study: plain JSON, the key order of this file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_study_file(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """The study that a file describes, with `key=value` overrides applied and relative paths made absolute.
+
+    A relative path of a parent or a task is looked up from the study file's folder.
+
+    Raises:
+        ConfigError: the file, a key or an override is wrong.
+    """
+    where = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{where}: no such study file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{where}: cannot be read: {reason}.") from error
+    value = load_yaml(text, where)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: found {_kind(value)}, wanted keys such as name, parents, tasks.")
+    apply_overrides(value, overrides)
+    return _resolve_paths(parse_study(value, where), path.resolve().parent)
+
+
+def parse_study(value: object, where: str) -> StudyConfig:
+    """Validates a plain value, as read from YAML or from a storage.
+
+    Raises:
+        ConfigError: one line for the first thing that is wrong, with the path of its key.
+    """
+    try:
+        return StudyConfig.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from error
+
+
+def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Applies `space.high=1.2` or `tasks.0.limit=50` to a nested value in place.
+
+    Raises:
+        ConfigError: no `=`, or a path that leads nowhere. (Unknown last keys are left to the validation.)
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {override}: wanted key=value, such as space.high=1.2.")
+        target: Any = value
+        *parents, last = key.strip().split(".")
+        for part in parents:
+            if isinstance(target, dict):
+                target = target.setdefault(part, {})
+            elif isinstance(target, list) and part.isdigit() and int(part) < len(target):
+                target = target[int(part)]
+            else:
+                raise ConfigError(f"--set {override}: '{part}' leads nowhere in the study file.")
+        new = load_yaml(text, f"--set {key}") if text.strip() else None
+        if isinstance(target, dict):
+            target[last] = new
+        elif isinstance(target, list) and last.isdigit() and int(last) < len(target):
+            target[int(last)] = new
+        else:
+            raise ConfigError(f"--set {override}: '{last}' leads nowhere in the study file.")
+
+
+def differences(stored: StudyConfig, given: StudyConfig) -> list[str]:
+    """What makes two configs different studies, one `key: stored -> given` a line; empty if they are the same."""
+    old, new = dict(_flatten(stored.to_json())), dict(_flatten(given.to_json()))
+    keys = [key for key in (*old, *(k for k in new if k not in old)) if not _NOT_IDENTITY.match(key)]
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}{key}.")
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{prefix}{index}.")
+    else:
+        yield prefix.rstrip("."), value
+
+
+def _resolve_paths(config: StudyConfig, folder: Path) -> StudyConfig:
+    def resolve(where: str) -> str:
+        path = Path(where).expanduser()
+        if path.is_absolute() or where.startswith((".", "~")) or (folder / path).exists():
+            return str((folder / path).resolve())
+        return where  # a hub id
+
+    parents = ParentsConfig(pre=resolve(config.parents.pre), post=resolve(config.parents.post))
+    tasks = [
+        task if task.path is None else task.model_copy(update={"path": resolve(task.path)})
+        for task in config.tasks
+    ]
+    return config.model_copy(update={"parents": parents, "tasks": tasks})
+
+
+def _explain(error: ValidationError) -> str:
+    details = error.errors()
+    # A misspelt key often shows up twice, as unknown and as missing: the first says what to do.
+    detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    path = [part for part in detail["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in path)
+    if detail["type"] == "extra_forbidden":
+        hint = difflib.get_close_matches(str(path[-1]), _keys_at(path[:-1]), n=1)
+        return f"{key}: unknown key." + (f" Did you mean '{hint[0]}'?" if hint else "")
+    if detail["type"] == "missing":
+        return f"{key}: missing."
+    message = " ".join(detail["msg"].removeprefix("Value error, ").split()).rstrip(".")
+    found = detail["input"]
+    if detail["type"] != "value_error" and not isinstance(found, dict | list):
+        message = f"found {found!r}: {message[0].lower()}{message[1:]}"
+    return f"{key}: {message}." if key else f"{message}."
+
+
+def _keys_at(path: Sequence[Any]) -> list[str]:
+    model: Any = StudyConfig
+    for part in path:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation if part in model.model_fields else None
+            model = TaskConfig if part == "tasks" else annotation
+    fields = getattr(model, "model_fields", {})
+    return [field.alias or name for name, field in fields.items()]
+
+
+def _kind(value: object) -> str:
+    return {type(None): "an empty file", list: "a list", str: "plain text"}.get(
+        type(value), type(value).__name__
+    )

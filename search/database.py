@@ -1,0 +1,189 @@
+"""Connecting to a storage: what may be opened, the lock over it, and its errors in one line."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import OptunaError
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy.exc import SQLAlchemyError
+
+from search.errors import DiskError, MergefrontError, StorageError
+
+BUSY_SECONDS = 60  # how long a writer waits for another process that holds the database
+
+logger = logging.getLogger("mergefront")
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of a `sqlite:///` URL, None for a server's URL."""
+    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+
+
+def shown(url: str) -> str:
+    """The URL as it may be printed: SQLite as its path, a server without its password."""
+    path = sqlite_path(url)
+    if path is not None:
+        return str(path)
+    try:
+        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return url
+
+
+def connect(url: str, *, create: bool) -> RDBStorage:
+    """An Optuna storage: SQLite on a local disk, or PostgreSQL for several machines.
+
+    Args:
+        url: `sqlite:///PATH` or `postgresql+psycopg://...`.
+        create: whether a SQLite file (and its folder) may be made.
+
+    Raises:
+        StorageError: another kind of URL, no such file, no database, or a database that is not Optuna's.
+        DiskError: no permission or no space.
+    """
+    path = sqlite_path(url)
+    if path is not None:
+        _check_sqlite(path, create)
+        arguments: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}}
+    elif url.startswith(("postgresql://", "postgresql+psycopg://")):
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+        arguments = {"pool_pre_ping": True}
+    else:
+        raise StorageError(f"{url}: wanted sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE.")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with translated(url):
+        return RDBStorage(url, engine_kwargs=arguments)
+
+
+@contextmanager
+def exclusive(storage: BaseStorage, url: str, name: str = "") -> Iterator[None]:
+    """One process at a time, over all that use this storage; let go by the system if the process dies."""
+    path = sqlite_path(url)
+    if path is not None:
+        with open(f"{path}.lock", "a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        return
+    engine = _engine(storage)
+    with engine.connect() as connection:
+        key = {"key": crc32(f"mergefront:{name}".encode())}
+        connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), key)
+        try:
+            yield
+        finally:
+            connection.execute(sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
+
+
+@contextmanager
+def translated(url: str) -> Iterator[None]:
+    """Turns what a storage raises into one line that names the true cause, which Optuna hides in `__cause__`."""
+    try:
+        yield
+    except MergefrontError:
+        raise
+    except (OptunaError, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise _one_line(shown(url), error) from error
+    except RuntimeError as error:
+        if "runtime optuna version" in str(error):  # the schema is newer or older than this Optuna
+            raise StorageError(f"{shown(url)}: {' '.join(str(error).split())}") from error
+        raise
+
+
+def _one_line(where: str, error: BaseException) -> MergefrontError:
+    causes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(str(getattr(cause, "orig", None) or cause))
+        cause = cause.__cause__ or getattr(cause, "orig", None)
+    text = " ".join(" ".join(causes).split())
+    if "disk is full" in text or "No space left" in text:
+        return DiskError(
+            f"{where}: no space left on the disk. Finished trials are safe; make room and resume."
+        )
+    if "disk I/O error" in text or "File too large" in text:
+        return DiskError(
+            f"{where}: the disk refused a write. Finished trials are safe; check space and quota, resume."
+        )
+    if "database is locked" in text:
+        return StorageError(
+            f"{where}: another process held the database for {BUSY_SECONDS} s. Resume when it is free."
+        )
+    if "readonly" in text or "Permission denied" in text or "unable to open" in text or "Read-only" in text:
+        return DiskError(f"{where}: cannot be written here. Check permissions, or give another --storage.")
+    if "not a database" in text or "malformed" in text:
+        return StorageError(
+            f"{where}: not a sound SQLite database. Restore a copy, or give another --storage."
+        )
+    if "could not connect" in text or ("connection" in text and "failed" in text):
+        return StorageError(f"{where}: no connection: {causes[-1].strip().splitlines()[0]}.")
+    return StorageError(f"{where}: {' '.join(causes[-1].split())[:300]}.")
+
+
+def _check_sqlite(path: Path, create: bool) -> None:
+    where = str(path)
+    if where in ("", ":memory:", "/:memory:"):
+        raise StorageError("sqlite:///: a study in memory cannot be resumed. Give a file.")
+    if path.is_dir():
+        raise StorageError(f"{where}: is a folder. Give the file of a database, such as {path / 'study.db'}.")
+    if not path.exists():
+        if not create:
+            raise StorageError(f"{where}: no such storage. Launch a study first, or give --storage.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"{path.parent}: folder cannot be made: {error.strerror}.") from error
+        if not os.access(path.parent, os.W_OK):
+            raise DiskError(
+                f"{path.parent}: cannot be written. Check permissions, or give another --storage."
+            )
+        return
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(16)
+    except OSError as error:
+        raise DiskError(f"{where}: cannot be read: {error.strerror}.") from error
+    if not head:
+        if not create:
+            raise StorageError(f"{where}: is empty, it holds no study. Launch one first.")
+        return
+    if head != b"SQLite format 3\0":
+        raise StorageError(
+            f"{where}: found another kind of file, wanted a SQLite database. It is left untouched."
+        )
+    with translated(f"sqlite:///{where}"):
+        connection = sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+        try:
+            tables = {
+                row[0] for row in connection.execute("select name from sqlite_master where type = 'table'")
+            }
+            if tables and connection.execute("pragma quick_check(1)").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("database disk image is malformed")
+        finally:
+            connection.close()
+    if tables and not {"studies", "trials", "version_info"} <= tables:
+        raise StorageError(
+            f"{where}: a SQLite database of something else (tables {', '.join(sorted(tables)[:3])}...), "
+            "not an Optuna storage. It is left untouched."
+        )
+
+
+def _engine(storage: BaseStorage) -> Any:
+    backend = getattr(storage, "_backend", storage)  # Optuna wraps the storage of a study in a cache
+    return backend.engine
+
+
+def wait(seconds: float) -> None:
+    """Sleeps between two looks at the storage."""
+    time.sleep(seconds)

@@ -1,0 +1,36 @@
+"""Ending on a signal: bookkeeping first, and at once if asked twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived. Not an `Exception`, so that no handler of failures swallows it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raises `Interrupted` at the first SIGINT or SIGTERM within the block; a second one ends the process at once."""
+    arrived: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if arrived:
+            os._exit(128 + number)
+        arrived.append(number)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,139 @@
+"""What a study works on: parents, questions and space; and one live model that turns a recipe into an evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from objectives.evaluator import Evaluation, Evaluator
+from objectives.metrics import Metric, get_metric
+from objectives.tasks import QuestionSet, load_questions
+from search.config import StudyConfig
+from search.errors import ConfigError
+from search.merging.live import LiveModel
+from search.merging.parents import Parents
+from search.space import CoefficientSpace, Recipe
+
+Split = Literal["search", "report"]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Everything that a study file names, opened and checked. Nothing is computed yet."""
+
+    config: StudyConfig
+    parents: Parents
+    tokenizer: Any
+    questions: QuestionSet
+    space: CoefficientSpace
+    metrics: tuple[Metric, ...]
+    device: str
+
+    @classmethod
+    def open(cls, config: StudyConfig, device: str = "auto") -> Materials:
+        """Opens parents and questions.
+
+        Raises:
+            CheckpointError, IncompatibleModelsError: the parents cannot be read or merged.
+            ConfigError: the questions cannot be read, or an objective names an unknown task.
+        """
+        parents = Parents.open(config.parents.pre, config.parents.post)
+        tokenizer = parents.tokenizer()
+        questions = load_questions(config.tasks, config.split, tokenizer)
+        return cls(
+            config=config,
+            parents=parents,
+            tokenizer=tokenizer,
+            questions=questions,
+            space=CoefficientSpace.build(parents.names, config.space, config.merge.method),
+            metrics=tuple(get_metric(name, tasks=questions.task_names) for name in config.objectives),
+            device=_device(device),
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before trusting the numbers."""
+        return [*self.parents.notes, *self.questions.notes]
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Digests of what must not change during a study."""
+        groups = json.dumps([[group.name, group.tensors] for group in self.space.groups])
+        return {
+            "parents": self.parents.digest,
+            "questions": self.questions.digest,
+            "groups": hashlib.sha256(groups.encode()).hexdigest(),
+        }
+
+    def provenance(self) -> dict[str, dict[str, str | None]]:
+        """Where each parent came from, what exactly it is, and under which licence its own card puts it."""
+        found: dict[str, dict[str, str | None]] = {}
+        asked = (self.config.parents.pre, self.config.parents.post)
+        both = (self.parents.pre, self.parents.post)
+        for label, where, one, revision in zip(
+            ("pre", "post"), asked, both, self.parents.revisions, strict=True
+        ):
+            licence = _licence(one.folder / "README.md")
+            found[label] = {"where": where, "revision": revision, "sha256": one.sha256(), "licence": licence}
+        return found
+
+    @cached_property
+    def live(self) -> LiveModel:
+        """The one resident model. Its weights are those of the recipe merged last."""
+        import torch
+
+        return LiveModel(self.parents, getattr(torch, self.config.merge.dtype), self.device)
+
+    def evaluator(self, split: Split) -> Evaluator:
+        """The evaluator of one split, made at its first use."""
+        return self._search_evaluator if split == "search" else self._report_evaluator
+
+    @cached_property
+    def _search_evaluator(self) -> Evaluator:
+        return Evaluator(self.live.model, self.tokenizer, self.questions.search, self.config.tasks)
+
+    @cached_property
+    def _report_evaluator(self) -> Evaluator:
+        return Evaluator(self.live.model, self.tokenizer, self.questions.report, self.config.tasks)
+
+    def merge(self, recipe: Recipe) -> None:
+        """Writes the recipe's weights into the live model."""
+        self.live.apply(self.space.by_tensor(recipe), recipe.method)
+
+    def evaluate(self, split: Split, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+        """Scores the live model on one split."""
+        return self.evaluator(split).evaluate(progress)
+
+
+def _licence(card: Path) -> str | None:
+    """The `license:` of a model card's front matter."""
+    try:
+        head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
+    except OSError:
+        return None
+    match = re.match(r"---\n(?:.*\n)*?license:\s*['\"]?([\w.+-]+)", head)
+    return match[1] if match else None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: wanted auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here.")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: wanted auto, cpu, cuda or cuda:N.")
+    return name

@@ -1,0 +1,122 @@
+"""Linear merging: `(1 - c) * pre + c * post`, rounded exactly as mergekit's `linear` rounds it.
+
+The sum starts from float32 zeros; each parent is added with one fused multiply-add, `pre` first, its weight
+rounded to float32; the result is cast once. Any other order or precision gives other bits, and then what was
+scored would not be what is shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from search.errors import MergeError
+
+CHUNK = 2**17  # elements: what one step works on stays in the cache of one core
+_HALF = 65504.0  # largest float16
+
+
+def linear_weights(coefficient: float) -> tuple[float, float]:
+    """Weights of `pre` and `post`. 0 gives exactly `pre`, 1 exactly `post`; outside [0, 1] extrapolates.
+
+    >>> linear_weights(0.25)
+    (0.75, 0.25)
+    """
+    return 1.0 - coefficient, coefficient
+
+
+def merge_linear(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
+    """Weighted sum `sum_k c_k * T_k` (model soups, arXiv 2203.05482), the plain definition.
+
+    Args:
+        tensors: K tensors of one shape `(...)` and one dtype.
+        coefficients: K finite numbers; they are not normalised.
+
+    Returns:
+        tensor `(...)` in the dtype of `tensors[0]`, accumulated in float32 in this order, rounded once.
+
+    Raises:
+        MergeError: no tensors, another number of coefficients, shapes or dtypes that differ, or a coefficient
+            that is not finite.
+    """
+    if not tensors or len(tensors) != len(coefficients):
+        raise MergeError(
+            f"merge: {len(tensors)} tensors but {len(coefficients)} coefficients. Give one for each."
+        )
+    first = tensors[0]
+    total = torch.zeros(first.shape, dtype=torch.float32, device=first.device)
+    for tensor, coefficient in zip(tensors, coefficients, strict=True):
+        _check_pair(first, tensor)
+        factor = torch.tensor(_finite(coefficient), dtype=torch.float32, device=first.device)
+        total.addcmul_(tensor.float(), factor)
+    return total.to(first.dtype)
+
+
+def weighted_sum(
+    pre: torch.Tensor,
+    post: torch.Tensor,
+    w_pre: float,
+    w_post: float,
+    out: torch.Tensor,
+    *,
+    name: str = "tensor",
+) -> None:
+    """Write `w_pre * pre + w_post * post` into `out`, bit for bit what `merge_linear` gives in `out`'s dtype.
+
+    Works in chunks that stay in the cache, so that memory is read once and written once.
+
+    Args:
+        pre, post: tensors `(...)` of one shape, float32, bfloat16 or float16, on any device; not changed.
+        w_pre, w_post: finite; each is rounded to float32.
+        out: contiguous tensor of the same shape, float32, bfloat16 or float16; overwritten.
+        name: of the tensor, for messages.
+
+    Raises:
+        MergeError: shapes differ, a weight is not finite, or a value does not fit into a float16 `out`.
+    """
+    _check_pair(pre, post)
+    if out.shape != pre.shape or not out.is_contiguous():
+        raise MergeError(
+            f"{name}: shape {tuple(out.shape)} of the model but {tuple(pre.shape)} of the parents."
+        )
+    factors = _finite(w_pre), _finite(w_post)
+    target = out.detach().view(-1)
+    step = CHUNK if out.device.type == "cpu" else max(1, target.numel())
+    size = min(step, target.numel())
+    zero = torch.zeros(size, dtype=torch.float32, device=out.device)
+    total = torch.empty_like(zero)
+    flat = pre.reshape(-1), post.reshape(-1)
+    for start in range(0, target.numel(), step):
+        end = min(start + step, target.numel())
+        part = target[start:end]
+        work = part if out.dtype == torch.float32 else total[: end - start]
+        a, b = (side[start:end].to(out.device, torch.float32, non_blocking=True) for side in flat)
+        # 0 + w a, not w a: a negative zero of the parent becomes positive, as in the definition.
+        torch.add(zero[: end - start], a, alpha=factors[0], out=work)
+        work.add_(b, alpha=factors[1])
+        if work is not part:
+            part.copy_(work)
+    if out.dtype == torch.float16 and target.numel():
+        low, high = torch.aminmax(target)
+        if not max(-float(low), float(high)) <= _HALF:  # written so that NaN fails too
+            raise MergeError(
+                f"{name}: a merged value does not fit into float16 (largest {_HALF:.0f}). "
+                "Use merge.dtype bfloat16 or float32, or narrower bounds."
+            )
+
+
+def _finite(factor: float) -> float:
+    rounded = float(torch.tensor(factor, dtype=torch.float32))
+    if not abs(rounded) < float("inf"):
+        raise MergeError(f"merge: a weight is {factor} (wanted a finite number).")
+    return rounded
+
+
+def _check_pair(first: torch.Tensor, other: torch.Tensor) -> None:
+    # Broadcasting would accept (3, 4) + (4,) without a word.
+    if first.shape != other.shape or first.dtype != other.dtype:
+        raise MergeError(
+            f"merge: shape {tuple(first.shape)} {first.dtype} with {tuple(other.shape)} {other.dtype}. "
+            "All parents must share one architecture."
+        )

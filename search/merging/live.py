@@ -1,0 +1,113 @@
+"""One model that stays in memory and takes on the weights of one recipe after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from search.errors import CheckpointError, MergeError
+from search.merging.checkpoint import dtype_name
+from search.merging.layout import attention
+from search.merging.linear import weighted_sum
+from search.merging.methods import tensor_weights
+from search.merging.parents import Parents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LiveModel:
+    """A transformers model whose parameters are overwritten in place; nothing is written to disk.
+
+    Attributes:
+        model: in eval mode, without gradients, on `device`; holds the weights of the last `apply`, at first
+            those of `post`.
+    """
+
+    def __init__(
+        self, parents: Parents, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+    ) -> None:
+        """Load `post` and give every parameter memory of its own.
+
+        Args:
+            parents: opened and compared.
+            dtype: of the merged weights: float32, bfloat16 or float16 (as torch.dtype or by name).
+            device: where the model lives, such as `cpu` or `cuda:0`; the parents stay on disk, mapped.
+
+        Raises:
+            CheckpointError: the model does not load cleanly, or its tensors are not those of the parents.
+        """
+        self.parents = parents
+        self.dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.model = _load(parents, self.dtype, device)
+        state = self.model.state_dict()
+        self._targets = {name: state[key] for name, key in parents.parameter.items()}
+        for name, target in self._targets.items():
+            if target.dtype != self.dtype:
+                raise CheckpointError(
+                    f"{parents.post.folder}: tensor {name}: {type(self.model).__name__} keeps it in "
+                    f"{dtype_name(target.dtype)} (wanted {dtype_name(self.dtype)}). Use merge.dtype float32."
+                )
+
+    @torch.no_grad()
+    def apply(self, coefficients: Mapping[str, float], method: str = "linear") -> None:
+        """Overwrite every parameter with the merge of the parents at these coefficients.
+
+        Args:
+            coefficients: one for each name of `parents.names`.
+            method: `linear` or `slerp`.
+
+        Raises:
+            MergeError: the recipe does not fit, or a value does not fit into the dtype; the model then holds
+                a mixture until the next successful `apply`.
+        """
+        pre, post = self.parents.pre, self.parents.post
+        for name, (w_pre, w_post) in tensor_weights(self.parents, coefficients, method).items():
+            weighted_sum(pre.tensor(name), post.tensor(name), w_pre, w_post, self._targets[name], name=name)
+
+
+def _load(parents: Parents, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(parents.post.folder),
+            config=parents.config,
+            dtype=dtype,
+            attn_implementation=attention(parents.config),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{parents.post.folder}: the model does not load ({reason}).") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    for kind in ("missing_keys", "mismatched_keys"):
+        for key in sorted(report.get(kind, ()), key=str):
+            raise CheckpointError(f"{parents.post.folder}: {key}: {kind.replace('_', ' ')} on loading.")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # transformers hands out views of the mapped file; writing to those would copy page by page.
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            parameter.requires_grad_(False)
+    _check_ties(model, parents)
+    loaded: PreTrainedModel = model.eval().to(device)
+    return loaded
+
+
+def _check_ties(model: PreTrainedModel, parents: Parents) -> None:
+    state = model.state_dict()
+    for alias, target in parents.tied.items():
+        key = parents.parameter[target]
+        shared = [name for name, tensor in state.items() if tensor.data_ptr() == state[key].data_ptr()]
+        if len(shared) < 2:
+            raise MergeError(f"{alias}: tied to {target} by config.json but separate in the loaded model.")

@@ -1,0 +1,75 @@
+"""Choosing one point of a front, on the search split only."""
+
+from __future__ import annotations
+
+from search.board import Board, Row
+from search.errors import ConfigError
+from search.front import best, knee, prefer
+
+_CALIBRATION = ("ece", "mce", "brier", "nll")
+
+
+def pick(board: Board, selection: str) -> Row:
+    """The row that a selection names.
+
+    Args:
+        selection: `knee`, `best-accuracy`, `best-calibration`, `best-METRIC` (an objective of the study), `trial:N`,
+            or `prefer:accuracy=0.7,ece=0.3` (how much the front's whole range of each objective is worth).
+
+    Raises:
+        ConfigError: no such selection, objective or trial.
+    """
+    front = board.front
+    points = board.points(front, "search")
+    names = [name for name, _ in board.objectives]
+    if selection == "knee":
+        return front[knee(points, maximise=board.maximize)]
+    if selection.startswith("trial:"):
+        number = selection.removeprefix("trial:")
+        if not number.isdigit():
+            raise ConfigError(f"--select {selection}: wanted trial:N, such as trial:17.")
+        return board.row(int(number))
+    if selection.startswith("prefer:"):
+        return front[prefer(points, _preferences(selection, names), maximise=board.maximize)]
+    if selection.startswith("best-"):
+        return front[best(points, _objective(selection, names), maximise=board.maximize)]
+    raise ConfigError(
+        f"--select {selection}: wanted knee, best-accuracy, best-calibration, trial:N or prefer:{names[0]}=0.7,..."
+    )
+
+
+def named_picks(board: Board) -> dict[str, Row]:
+    """The picks that tables and pictures point out: the best of each objective, and the knee."""
+    picks = {f"best {name}": pick(board, f"best-{name}") for name, _ in board.objectives}
+    return {**picks, "knee": pick(board, "knee")}
+
+
+def _objective(selection: str, names: list[str]) -> int:
+    wanted = selection.removeprefix("best-")
+    if wanted == "calibration":
+        for index, name in enumerate(names):
+            if name.partition(":")[0].partition("@")[0] in _CALIBRATION:
+                return index
+        raise ConfigError(
+            f"--select {selection}: no objective measures calibration (found {', '.join(names)})."
+        )
+    if wanted not in names:
+        raise ConfigError(f"--select {selection}: '{wanted}' is no objective (found {', '.join(names)}).")
+    return names.index(wanted)
+
+
+def _preferences(selection: str, names: list[str]) -> list[float]:
+    weights = dict.fromkeys(names, 0.0)
+    for part in selection.removeprefix("prefer:").split(","):
+        name, _, number = part.partition("=")
+        if name.strip() not in weights:
+            raise ConfigError(
+                f"--select {selection}: '{name.strip()}' is no objective (found {', '.join(names)})."
+            )
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError as error:
+            raise ConfigError(
+                f"--select {selection}: found '{part}', wanted such as {names[0]}=0.7."
+            ) from error
+    return list(weights.values())

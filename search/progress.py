@@ -1,0 +1,201 @@
+"""What a running study prints, on stderr: a start-up block, then a live bar on a terminal or a line a trial elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from search.database import shown
+from search.front import hypervolume, non_dominated
+from search.materials import Materials
+from search.observer import Observer, Step
+from search.storage import StudyStore, TrialRecord
+
+logger = logging.getLogger("mergefront")
+
+
+class ProgressPrinter(Observer):
+    """Shows what moves: front size and hypervolume, not only a counter."""
+
+    def __init__(
+        self, store: StudyStore, materials: Materials, console: Console, *, quiet: bool = False
+    ) -> None:
+        self._store = store
+        self._config = materials.config
+        self._materials = materials
+        self._console = console
+        self._quiet = quiet
+        self._objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
+        self._values: dict[int, tuple[float, ...]] = {}
+        self._parents: dict[str, tuple[float, ...]] = {}
+        self._total = 0
+        self._before = 0
+        self._began = self._trial_began = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._volume = 0.0
+
+    # -- Observer -----------------------------------------------------------------------------------------------
+
+    def started(self, trials: Sequence[TrialRecord], total: int) -> None:
+        for record in trials:
+            if record.state == "complete" and record.values is not None:
+                self._remember(record, record.values)
+        self._total, self._before = total, len(self._values)
+        self._began = time.monotonic()
+        self._volume = self._hypervolume()
+        if self._quiet:
+            return
+        for line in self._start_block(trials):
+            self._console.print(line, markup=False, highlight=False)
+        if self._live:
+            self._bar = Progress(
+                TextColumn("{task.completed:>4}/{task.total}"),
+                BarColumn(bar_width=22),
+                TextColumn("{task.description}", markup=False),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._summary(), total=total, completed=len(self._values))
+
+    def step(self, step: Step, trial: TrialRecord) -> None:
+        if step == "asked":
+            self._trial_began = time.monotonic()
+
+    def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
+        self._remember(trial, tuple(values))
+        volume = self._hypervolume()
+        gained, self._volume = volume - self._volume, volume
+        seconds = time.monotonic() - self._trial_began
+        rank = "front" if self._is_on_front(trial.number) else "dominated"
+        scores = "  ".join(f"{n} {v:.4f}" for (n, _), v in zip(self._objectives, values, strict=True))
+        logger.debug("trial %d %s (%s)", trial.number, scores, rank)
+        if self._quiet:
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=len(self._values), description=self._summary(gained))
+            return
+        clock = time.strftime("%H:%M:%S")
+        kind = "" if trial.kind == "search" else f" ({trial.kind})"
+        self._print(
+            f"[{clock}] trial {trial.number}{kind}  {scores}  {rank}  {seconds:.1f} s  "
+            f"[{len(self._values)}/{self._total}  {self._summary(gained, scores=False)}]"
+        )
+
+    def failed(self, trial: TrialRecord, reason: str) -> None:
+        self._print(f"trial {trial.number} failed: {reason}")
+
+    def ended(self, trials: Sequence[TrialRecord]) -> None:
+        self.close()
+
+    def reporting(self, done: int, of: int) -> None:
+        if self._quiet or of == 0:
+            return
+        if done == 0:
+            self._print(f"scoring the report split: {of} trials")
+            self._began = time.monotonic()
+        elif done == of:
+            self._print(f"report split scored in {_duration(time.monotonic() - self._began)}")
+
+    def close(self) -> None:
+        """Takes the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    @property
+    def _live(self) -> bool:
+        return self._console.is_terminal and not os.environ.get("NO_COLOR")
+
+    def _start_block(self, trials: Sequence[TrialRecord]) -> list[Text]:
+        config, facts = self._config, self._store.attribute("facts")
+        aims = ", ".join(f"{name} {'up' if maximize else 'down'}" for name, maximize in self._objectives)
+        sampler = config.sampler
+        open_ = sum(record.state in ("running", "waiting") for record in trials)
+        state = "new" if not trials else f"resuming: {self._before} done"
+        if open_:
+            state += f", {open_} begun and not finished"
+        split = facts["questions"]
+        lines = [
+            f"{config.name}  {len(self._objectives)} objectives ({aims})  {self._materials.space.dim} coefficients, "
+            f"{config.merge.method}  {sampler.engine} {sampler.name} seed {sampler.seed}",
+            f"parents    {config.parents.pre}  +  {config.parents.post}  {_count(facts['parameters'])} parameters",
+            f"questions  {split['search']} search, {split['report']} report  ({', '.join(facts['tasks'])})",
+            f"storage    {shown(self._store.url)}  {state}, {max(self._total - self._before, 0)} to go",
+            *(f"note       {note}" for note in facts["notes"]),
+        ]
+        return [Text(line) for line in lines]
+
+    def _summary(self, gained: float = 0.0, *, scores: bool = True) -> str:
+        size = int(self._front_mask().sum()) if self._values else 0
+        text = f"front {size}  HV {self._volume:.4f}"
+        if gained > 0:
+            text += f" (+{gained:.4f})"
+        if scores and self._values:
+            points = np.array(list(self._values.values()))
+            for j, (name, maximize) in enumerate(self._objectives):
+                best = points[:, j].max() if maximize else points[:, j].min()
+                text += f"  best {name} {best:.3f}"
+        ran = len(self._values) - self._before
+        if ran > 0:
+            each = (time.monotonic() - self._began) / ran
+            text += f"  {each:.1f} s/trial  eta {_duration(each * max(self._total - len(self._values), 0))}"
+        return text
+
+    def _remember(self, trial: TrialRecord, values: tuple[float, ...]) -> None:
+        self._values[trial.number] = values
+        if trial.kind in ("pre", "post"):
+            self._parents[trial.kind] = values
+
+    def _front_mask(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        points = np.array(list(self._values.values()))
+        return non_dominated(points, maximise=tuple(m for _, m in self._objectives))  # type: ignore[return-value]
+
+    def _is_on_front(self, number: int) -> bool:
+        return bool(self._front_mask()[list(self._values).index(number)])
+
+    def _hypervolume(self) -> float:
+        """Of all trials so far, over the corner of the parents' worst values; 0 until both parents are scored."""
+        if len(self._parents) < 2:
+            return 0.0
+        maximise = tuple(m for _, m in self._objectives)
+        both = np.array(list(self._parents.values()))
+        corner = np.where(maximise, both.min(axis=0), both.max(axis=0))
+        return hypervolume(np.array(list(self._values.values())), corner, maximise=maximise)
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), highlight=False, soft_wrap=True)
+
+
+def stderr_console() -> Console:
+    """A console on stderr: no colour, no bar, no carriage return unless it is a terminal."""
+    return Console(file=sys.stderr, soft_wrap=True)
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _duration(seconds: float) -> str:
+    """`7:20` or `1:02:09`.
+
+    >>> _duration(440), _duration(3729)
+    ('7:20', '1:02:09')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

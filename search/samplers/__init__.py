@@ -1,0 +1,31 @@
+"""How the next recipe is proposed. An engine is rebuilt from the study's trials alone, so any worker can continue it."""
+
+from __future__ import annotations
+
+from search.config import SamplerConfig
+from search.samplers.engine import Engine, Proposal
+
+__all__ = ["Engine", "Proposal", "make_engine"]
+
+
+def make_engine(
+    config: SamplerConfig, groups: tuple[str, ...], bounds: tuple[float, float], maximize: tuple[bool, ...]
+) -> Engine:
+    """The engine of a study file's `sampler` section.
+
+    Args:
+        config: engine, name, seed and options.
+        groups: names of the coefficients, the order of a vector.
+        bounds: (low, high) of every coefficient.
+        maximize: one flag an objective.
+
+    Raises:
+        ConfigError: the sampler cannot work in this space.
+    """
+    if config.engine == "pymoo":
+        from search.samplers.pymoo_engine import PymooEngine
+
+        return PymooEngine(config, groups, bounds, maximize)
+    from search.samplers.optuna_engine import OptunaEngine
+
+    return OptunaEngine(config, groups, bounds, maximize)

@@ -1,0 +1,198 @@
+"""Optuna's samplers, each built anew for every draw and fed from the study's trials.
+
+A seeded Optuna sampler that lives on restarts its stream when a study is resumed and proposes the same recipes again
+(optuna#3255). Here every draw has a sampler of its own, seeded from (study seed, draw), which sees a mirror of the
+study in memory. The mirror also saves one database transaction a coefficient: the trial is stored whole afterwards.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import (
+    BaseSampler,
+    GPSampler,
+    GridSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search.config import SamplerConfig
+from search.errors import ConfigError
+from search.samplers.engine import Proposal, seed_of
+from search.storage import State, TrialRecord
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # a mirror of a study is no news
+
+POPULATION = 16  # Optuna's default of 50 would make most merge studies a random search
+STARTUP = 20  # the eleven baselines count among them; the rest is random
+GRID_POINTS = 11
+MAX_GRID = 100_000
+
+_STATES: dict[State, TrialState] = {
+    "complete": TrialState.COMPLETE,
+    "failed": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+    "waiting": TrialState.RUNNING,  # its recipe is fixed: to a sampler it is on its way
+}
+
+
+class _Parents:
+    """Overrides how Optuna's genetic samplers remember the parents of a generation.
+
+    Optuna's own memory returns them in the order of selection the first time and by trial number from then on, and
+    NSGA-III draws lots in the selection: a study resumed within a generation would breed other children. Here order
+    and lots depend on the generation alone.
+    """
+
+    parents: dict[int, list[FrozenTrial]]
+    selector: Callable[[int], BaseSampler]  # generation -> the sampler that selects its parents
+
+    def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        if generation == 0:
+            return []
+        if generation not in self.parents:
+            self.parents[generation] = self.selector(generation).select_parent(study, generation)  # type: ignore[attr-defined]
+        return self.parents[generation]
+
+
+class _NSGAII(_Parents, NSGAIISampler):
+    pass
+
+
+class _NSGAIII(_Parents, NSGAIIISampler):
+    pass
+
+
+class OptunaEngine:
+    """TPE, NSGA-II, NSGA-III, GP, random, QMC and grid behind one door (see `Engine`)."""
+
+    def __init__(
+        self,
+        config: SamplerConfig,
+        groups: tuple[str, ...],
+        bounds: tuple[float, float],
+        maximize: tuple[bool, ...],
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._bounds = bounds
+        self._space: dict[str, BaseDistribution] = {name: FloatDistribution(*bounds) for name in groups}
+        self._directions = ["maximize" if m else "minimize" for m in maximize]
+        self._mirror = optuna.create_study(directions=self._directions)
+        self._mirrored: dict[
+            int, tuple[int, State]
+        ] = {}  # trial -> its number in the mirror, and its state there
+        self._parents: dict[int, list[FrozenTrial]] = {}
+        if config.name == "grid":
+            size = (config.points or GRID_POINTS) ** len(groups)
+            if size > MAX_GRID:
+                raise ConfigError(
+                    f"sampler: a grid of {config.points or GRID_POINTS} points in {len(groups)} groups has more than "
+                    f"{MAX_GRID} points. Use granularity uniform, fewer points, or another sampler."
+                )
+
+    def baseline_tags(self, index: int) -> Mapping[str, Any]:
+        """Optuna's genetic samplers know a trial only by its generation: baselines are members of the first."""
+        if self._config.name == "nsga2":
+            return {_NSGAII._get_generation_key(): 0}
+        if self._config.name == "nsga3":
+            return {_NSGAIII._get_generation_key(): 0}
+        return {}
+
+    def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
+        """See `Engine.propose`."""
+        if self._config.name == "qmc":
+            return self._sobol(history)
+        self._bring_up_to_date(history)
+        self._mirror.sampler = self._sampler(seed_of(self._config.seed, draw))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial = self._mirror.ask(self._space)
+        frozen = self._mirror.get_trials(deepcopy=False)[-1]
+        # Until the history says otherwise this trial is one that somebody started and that never came back.
+        self._mirrored[draw] = (trial.number, "running")
+        return Proposal(dict(frozen.params), dict(frozen.system_attrs))
+
+    def _bring_up_to_date(self, history: Sequence[TrialRecord]) -> None:
+        numbers = {record.number for record in history}
+        if self._mirrored.keys() - numbers:  # asked before for a draw that never became a trial: start over
+            self._mirror = optuna.create_study(directions=self._directions)
+            self._mirrored, self._parents = {}, {}
+        for record in history:
+            known = self._mirrored.get(record.number)
+            state = "running" if record.state == "waiting" else record.state
+            if known is not None and known[1] == state:
+                continue
+            if known is None:
+                self._mirror.add_trial(self._frozen(record))
+                number = len(self._mirrored)
+            else:
+                number = known[0]
+                self._mirror.sampler = (
+                    RandomSampler()
+                )  # others act on a tell; the record is all that counts here
+                failed = record.state == "failed"
+                self._mirror.tell(number, record.values, state=TrialState.FAIL if failed else None)
+            self._mirrored[record.number] = (number, state)
+
+    def _frozen(self, record: TrialRecord) -> FrozenTrial:
+        return create_trial(
+            state=_STATES[record.state],
+            values=record.values,
+            params=dict(record.coefficients),
+            distributions=self._space,
+            system_attrs=dict(record.tags),
+        )
+
+    def _sampler(self, seed: int) -> BaseSampler:
+        population = self._config.population or POPULATION
+        startup = STARTUP if self._config.startup is None else self._config.startup
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            match self._config.name:
+                case "tpe":
+                    return TPESampler(
+                        n_startup_trials=startup, multivariate=True, constant_liar=True, seed=seed
+                    )
+                case "nsga2":
+                    return self._genetic(_NSGAII(population_size=population, seed=seed))
+                case "nsga3":
+                    return self._genetic(_NSGAIII(population_size=population, seed=seed))
+                case "gp":
+                    # A fixed set of questions is scored: the same recipe always gives the same numbers.
+                    return GPSampler(n_startup_trials=startup, deterministic_objective=True, seed=seed)
+                case "grid":
+                    axis = [
+                        float(value)
+                        for value in np.linspace(*self._bounds, self._config.points or GRID_POINTS)
+                    ]
+                    return GridSampler(dict.fromkeys(self._groups, axis), seed=self._config.seed)
+                case _:
+                    return RandomSampler(seed=seed)
+
+    def _genetic(self, sampler: _NSGAII | _NSGAIII) -> BaseSampler:
+        sampler.parents = self._parents
+        sampler.selector = lambda generation: self._sampler(seed_of(self._config.seed, generation, purpose=1))
+        return sampler
+
+    def _sobol(self, history: Sequence[TrialRecord]) -> Proposal:
+        """Scrambled Sobol points straight from scipy: Optuna's QMCSampler keeps its place in the study's attributes,
+        which a resumed study would have to restore; here the place is the count of earlier search trials."""
+        from scipy.stats import qmc
+
+        place = sum(1 for record in history if record.kind == "search")
+        engine = qmc.Sobol(len(self._groups), scramble=True, rng=self._config.seed)
+        unit = engine.fast_forward(place).random(1)[0] if place else engine.random(1)[0]
+        low, high = self._bounds
+        return Proposal(
+            {name: float(low + u * (high - low)) for name, u in zip(self._groups, unit, strict=True)}
+        )

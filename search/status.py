@@ -1,0 +1,102 @@
+"""How a study stands, from its storage alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from search.database import shown
+from search.front import hypervolume
+from search.storage import StudyStore, TrialRecord
+from search.study import BASELINES, front_of
+
+STATES = ("complete", "running", "waiting", "failed")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Counts and rates; `hypervolume` over the corner of the parents' worst values, None until both are scored."""
+
+    study: str
+    storage: str
+    trials: dict[str, int]
+    total: int
+    front: int
+    hypervolume: float | None
+    seconds_per_trial: float | None
+    failures: tuple[str, ...]
+
+    @property
+    def to_go(self) -> int:
+        return max(self.total - self.trials["complete"], 0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the measured pace, for one worker."""
+        return None if self.seconds_per_trial is None else self.seconds_per_trial * self.to_go
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "study": self.study,
+            "storage": self.storage,
+            "trials": self.trials,
+            "total": self.total,
+            "to_go": self.to_go,
+            "front": self.front,
+            "hypervolume": self.hypervolume,
+            "seconds_per_trial": self.seconds_per_trial,
+            "seconds_left": self.seconds_left,
+            "failures": list(self.failures),
+        }
+
+    def text(self) -> str:
+        states = ", ".join(f"{count} {state}" for state, count in self.trials.items() if count) or "none"
+        volume = (
+            "not known before both parents are scored"
+            if self.hypervolume is None
+            else f"{self.hypervolume:.4f}"
+        )
+        lines = [f"study        {self.study}", f"storage      {self.storage}"]
+        lines += [f"trials       {states}; {self.to_go} of {self.total} to go"]
+        lines += [f"front        {self.front} trials, hypervolume {volume}"]
+        if self.seconds_per_trial is not None:
+            left = "" if not self.to_go else f", {self.seconds_left:.0f} s left for one worker"
+            lines.append(f"pace         {self.seconds_per_trial:.2f} s/trial{left}")
+        lines += [f"failed       {reason}" for reason in self.failures[-3:]]
+        return "\n".join(lines)
+
+
+def read_status(store: StudyStore) -> Status:
+    """Counts the trials of a study."""
+    records = store.trials()
+    objectives = store.attribute("objectives")
+    done = [record for record in records if record.state == "complete"]
+    maximize = [bool(m) for _, m in objectives]
+    counts = Counter(record.state for record in records)
+    seconds = [r.seconds for r in done if r.seconds is not None and "same_as" not in r.attributes]
+    return Status(
+        study=store.name,
+        storage=shown(store.url),
+        trials={state: counts.get(state, 0) for state in STATES},
+        total=len(BASELINES) + int(store.attribute("trials")),
+        front=len(front_of(done, maximize)),
+        hypervolume=_volume(done, maximize),
+        seconds_per_trial=float(np.median(seconds)) if seconds else None,
+        failures=tuple(
+            f"trial {r.number}: {r.attributes.get('error', 'unknown')}"
+            for r in records
+            if r.state == "failed"
+        ),
+    )
+
+
+def _volume(done: list[TrialRecord], maximize: list[bool]) -> float | None:
+    parents = [record.values for record in done if record.kind in ("pre", "post")]
+    if len(parents) < 2:
+        return None
+    both = np.array(parents)
+    corner = np.where(maximize, both.min(axis=0), both.max(axis=0))
+    return hypervolume(np.array([record.values for record in done]), corner, maximise=tuple(maximize))

@@ -1,0 +1,288 @@
+"""The study's Optuna storage: opening, claiming, finishing, adopting. The only module that knows Optuna storages.
+
+Every trial is created whole (all coefficients in one transaction) and under a lock, so its number is its place in the
+sequence of draws. A trial whose worker died stays what it is and is adopted by the next worker: same number, same
+recipe. That makes an interrupted study equal to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search.database import connect, exclusive, sqlite_path, translated
+from search.errors import StorageError
+from search.worker import Worker, this_worker
+
+logger = logging.getLogger("mergefront")
+
+State = Literal["complete", "failed", "running", "waiting"]
+MAX_TRIES = 3  # a recipe that killed its worker that often is not tried again
+BEAT_SECONDS = 20.0
+GRACE_SECONDS = 150.0  # a worker of another machine that was silent so long is taken for dead
+
+_STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.FAIL: "failed",
+    TrialState.PRUNED: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+_ATTRIBUTE = "mergefront:"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as the product sees it; `values` in the order of the study's objectives, None until complete."""
+
+    number: int
+    kind: str
+    state: State
+    coefficients: Mapping[str, float]
+    values: tuple[float, ...] | None
+    attributes: Mapping[str, Any]
+    tags: Mapping[str, Any]  # what the engine that proposed it wants to find again
+    seconds: float | None
+
+
+class StudyStore:
+    """One study in one storage."""
+
+    def __init__(self, url: str, study: optuna.Study, grace: float = GRACE_SECONDS) -> None:
+        self.url = url
+        self.name = study.study_name
+        self.grace = grace
+        self._study = study
+        self._storage = study._storage
+        self._records: dict[int, TrialRecord] = {}  # finished trials never change
+        self._ids: dict[int, int] = {}
+        self._beats: dict[
+            int, tuple[Any, float]
+        ] = {}  # another worker's last beat, and when it was first seen here
+
+    # -- the study ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, url: str, name: str, objectives: Sequence[tuple[str, bool]], **options: Any
+    ) -> StudyStore:
+        """The study of this name, made if it does not exist; `objectives` are (name, maximize) pairs."""
+        storage = connect(url, create=True)
+        with translated(url), exclusive(storage, url):
+            study = optuna.create_study(
+                study_name=name,
+                storage=storage,
+                directions=["maximize" if maximize else "minimize" for _, maximize in objectives],
+                load_if_exists=True,
+            )
+            names = [objective for objective, _ in objectives]
+            # load_if_exists silently keeps stored directions, so a study that is not ours is refused, not reused.
+            foreign = len(study.directions) != len(names) or (study.trials and not study.user_attrs)
+            if foreign:
+                raise StorageError(f"{url}: study '{name}' was not made by mergefront. Choose another name.")
+            if study.metric_names is None:
+                study.set_metric_names(names)
+        return cls(url, study, **options)
+
+    @classmethod
+    def open(cls, url: str, name: str, **options: Any) -> StudyStore:
+        """An existing study.
+
+        Raises:
+            StorageError: no such storage, or it has no study of that name made by mergefront.
+        """
+        storage = connect(url, create=False)
+        with translated(url):
+            names = optuna.get_all_study_names(storage)
+            if name not in names:
+                has = ", ".join(sorted(names)[:8]) or "no study at all"
+                raise StorageError(f"{url}: no study '{name}'. This storage has: {has}.")
+            study = optuna.load_study(study_name=name, storage=storage)
+            if not any(key.startswith(_ATTRIBUTE) for key in study.user_attrs):
+                raise StorageError(
+                    f"{url}: study '{name}' was not made by mergefront, so it cannot be continued here."
+                )
+        return cls(url, study, **options)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds the study for this worker alone, over processes and machines. Not re-entrant."""
+        with translated(self.url), exclusive(self._storage, self.url, self.name):
+            yield
+
+    def attribute(self, key: str) -> Any:
+        """A study-level value, None if it was never set."""
+        with translated(self.url):
+            return self._storage.get_study_user_attrs(self._study._study_id).get(_ATTRIBUTE + key)
+
+    def attributes(self) -> dict[str, Any]:
+        with translated(self.url):
+            attrs = self._storage.get_study_user_attrs(self._study._study_id)
+            return {k.removeprefix(_ATTRIBUTE): v for k, v in attrs.items() if k.startswith(_ATTRIBUTE)}
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        with translated(self.url):
+            self._storage.set_study_user_attr(self._study._study_id, _ATTRIBUTE + key, value)
+
+    # -- its trials ---------------------------------------------------------------------------------------------
+
+    def trials(self) -> list[TrialRecord]:
+        """All trials of ours, by number; trials that others put into the study by hand are left out."""
+        with translated(self.url):
+            frozen = self._storage.get_all_trials(self._study._study_id, deepcopy=False)
+        return [self._record(trial) for trial in frozen if "kind" in trial.user_attrs]
+
+    def claim(
+        self,
+        kind: str,
+        coefficients: Mapping[str, float],
+        bounds: tuple[float, float],
+        attributes: Mapping[str, Any],
+        tags: Mapping[str, Any],
+    ) -> TrialRecord:
+        """Creates a running trial of this worker, whole in one transaction. Call it while `exclusive`."""
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(coefficients),
+            distributions={name: FloatDistribution(*bounds) for name in coefficients},
+            user_attrs={"kind": kind, **attributes, "worker": this_worker().to_json(), "tries": 1},
+            system_attrs=dict(tags),
+        )
+        with translated(self.url):
+            trial_id = self._storage.create_new_trial(self._study._study_id, template_trial=template)
+            return self._record(self._storage.get_trial(trial_id))
+
+    def adopt(self) -> TrialRecord | None:
+        """Takes over the first trial that was given back or whose worker died; None if there is none.
+
+        Call it while `exclusive`. A recipe that ended its worker `MAX_TRIES` times is failed instead.
+        """
+        for record in self.trials():
+            if not (record.state == "waiting" or (record.state == "running" and self._is_orphan(record))):
+                continue
+            tries = int(record.attributes.get("tries", 1))
+            if record.state == "running" and tries >= MAX_TRIES:
+                logger.warning("trial %d ended its worker %d times and is given up", record.number, tries)
+                self._finish(record.number, TrialState.FAIL, error=f"ended its worker {tries} times")
+                continue
+            with translated(self.url):
+                trial_id = self._ids[record.number]
+                died = record.state == "running"
+                self._storage.set_trial_user_attr(trial_id, "worker", this_worker().to_json())
+                self._storage.set_trial_user_attr(trial_id, "tries", tries + died)
+                if record.state == "waiting":
+                    self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+                logger.info(
+                    "trial %d is taken over (%s)", record.number, "its worker died" if died else "given back"
+                )
+                return self._record(self._storage.get_trial(trial_id))
+        return None
+
+    def annotate(self, number: int, key: str, value: Any) -> None:
+        """Writes an attribute of a running trial."""
+        with translated(self.url):
+            self._storage.set_trial_user_attr(self._ids[number], key, value)
+
+    def complete(self, number: int, values: Sequence[float]) -> bool:
+        """The commit point of a trial. False if another worker took the trial over meanwhile: the result is dropped."""
+        with self.exclusive():
+            if not self._is_mine(number):
+                logger.warning(
+                    "trial %d was taken over by another worker; this late result is dropped", number
+                )
+                return False
+            self._finish(number, TrialState.COMPLETE, values=[float(value) for value in values])
+            return True
+
+    def fail(self, number: int, error: str) -> None:
+        """Fails a trial of this worker, with the reason."""
+        with self.exclusive():
+            if self._is_mine(number):
+                self._finish(number, TrialState.FAIL, error=error)
+
+    def give_back(self, number: int) -> None:
+        """Puts an interrupted trial of this worker back into the queue, to be run again with the same recipe."""
+        with self.exclusive():
+            if self._is_mine(number):
+                self._storage.set_trial_state_values(self._ids[number], TrialState.WAITING)
+
+    @contextmanager
+    def beating(self, number: int) -> Iterator[None]:
+        """Shows workers elsewhere that this worker lives, while the block runs."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not stop.wait(BEAT_SECONDS):
+                count += 1
+                try:
+                    self.annotate(number, "beat", [this_worker().pid, count])
+                except Exception as error:  # a beat may be missed; the next one tries again
+                    logger.debug("heartbeat of trial %d failed: %s", number, error)
+
+        thread = threading.Thread(target=beat, name="mergefront-beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _record(self, trial: FrozenTrial) -> TrialRecord:
+        if (known := self._records.get(trial._trial_id)) is not None:
+            return known
+        duration = trial.duration
+        record = TrialRecord(
+            number=trial.number,
+            kind=str(trial.user_attrs["kind"]),
+            state=_STATES[trial.state],
+            coefficients=dict(trial.params),
+            values=None if trial.values is None else tuple(trial.values),
+            attributes=dict(trial.user_attrs),
+            tags=dict(trial.system_attrs),
+            seconds=None if duration is None else duration.total_seconds(),
+        )
+        self._ids[trial.number] = trial._trial_id
+        if trial.state.is_finished():
+            self._records[trial._trial_id] = record
+        return record
+
+    def _is_mine(self, number: int) -> bool:
+        trial = self._storage.get_trial(self._ids[number])
+        owner = trial.user_attrs.get("worker")
+        return trial.state == TrialState.RUNNING and owner == this_worker().to_json()
+
+    def _is_orphan(self, record: TrialRecord) -> bool:
+        owner = record.attributes.get("worker")
+        one_machine = sqlite_path(self.url) is not None
+        if owner is None or Worker.from_json(owner).is_known_dead(one_machine=one_machine):
+            return True
+        if owner == this_worker().to_json():
+            return False
+        # Seconds of this machine's monotonic clock between two looks at the same beat: no clock is compared with
+        # another machine's, and a clock that is set back cannot make a live worker look dead.
+        beat, now = (owner, record.attributes.get("beat")), time.monotonic()
+        last, since = self._beats.get(record.number, (None, now))
+        if beat != last:
+            self._beats[record.number] = (beat, now)
+            return False
+        return now - since > self.grace
+
+    def _finish(
+        self, number: int, state: TrialState, values: list[float] | None = None, error: str = ""
+    ) -> None:
+        with translated(self.url):
+            if error:
+                self._storage.set_trial_user_attr(self._ids[number], "error", error[:2000])
+            self._storage.set_trial_state_values(self._ids[number], state, values)

@@ -1,0 +1,351 @@
+"""The main path: ask -> merge -> evaluate -> tell, and the report split when the search is over.
+
+    store, materials = create(config, url)      # or reopen(url, name)
+    run(store, materials)
+
+A reader who knows this file knows the product: `space` gives vectors a meaning, `samplers` propose, `merging` makes
+weights, `objectives` measures, `storage` remembers, `front` compares.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from objectives.evaluator import Evaluation
+from search import __version__
+from search.config import StudyConfig, apply_overrides, differences, parse_study
+from search.database import shown, wait
+from search.errors import ConfigError, EvaluationError, MergeError, StorageError, TooManyFailuresError
+from search.evidence import EvidenceFolder
+from search.front import non_dominated
+from search.interrupt import Interrupted
+from search.materials import Materials, Split
+from search.observer import Observer
+from search.samplers import Engine, make_engine
+from search.space import UNIFORM_LINE, Recipe
+from search.storage import StudyStore, TrialRecord
+
+logger = logging.getLogger("mergefront")
+
+STUDY_SCHEMA = 1
+MAX_FAILURES_IN_A_ROW = 5  # then the set-up is broken, not the recipes
+POLL_SECONDS = 0.5
+
+# The order of the baselines: the parents, then what lies between them.
+BASELINES: tuple[tuple[str, float], ...] = (
+    ("pre", 0.0),
+    ("post", 1.0),
+    *(("uniform", c) for c in UNIFORM_LINE if c not in (0.0, 1.0)),
+)
+
+
+# -- creating and reopening -------------------------------------------------------------------------------------
+
+
+def create(
+    config: StudyConfig, url: str, device: str = "auto", *, fresh: bool = False, **options: Any
+) -> tuple[StudyStore, Materials]:
+    """Creates the study, or opens it to continue if it exists with the same config.
+
+    Args:
+        fresh: refuse a study that exists already.
+
+    Raises:
+        ConfigError: the study exists with another config, or `fresh` and it exists.
+    """
+    materials = Materials.open(config, device)
+    objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
+    store = StudyStore.create(url, config.name, objectives, **options)
+    with store.exclusive():
+        stored = store.attribute("config")
+        if stored is None:
+            store.set_attribute("schema", STUDY_SCHEMA)
+            store.set_attribute("version", __version__)
+            store.set_attribute("objectives", [[name, maximize] for name, maximize in objectives])
+            store.set_attribute("identity", materials.identity)
+            store.set_attribute("facts", _facts(materials))
+            store.set_attribute("trials", config.trials)
+            store.set_attribute("config", config.to_json())  # last: its presence says that the study is whole
+            return store, materials
+    if fresh:
+        raise ConfigError(
+            f"{shown(url)}: study '{config.name}' exists. Leave out --fresh to continue it, or rename it."
+        )
+    changed = differences(_stored_config(store, stored), config)
+    if changed:
+        raise ConfigError(
+            f"study '{config.name}' exists with another config: {'; '.join(changed[:6])}. "
+            "Rename the study, or take the changes back."
+        )
+    _check_identity(store, materials)
+    return store, materials
+
+
+def reopen(
+    url: str, name: str, device: str = "auto", overrides: Sequence[str] = (), **options: Any
+) -> tuple[StudyStore, Materials]:
+    """Opens an existing study from its storage alone.
+
+    Args:
+        overrides: new places of parents and tasks (`parents.pre=...`), should they have moved.
+
+    Raises:
+        StorageError: no such study. ConfigError: what lies at the places is not what the study began with.
+    """
+    store = StudyStore.open(url, name, **options)
+    stored = stored_config(store)
+    value = stored.to_json()
+    apply_overrides(value, overrides)
+    config = parse_study(value, f"study '{name}'")
+    changed = differences(stored, config)
+    if changed:
+        raise ConfigError(f"study '{name}': only places may be set when resuming, found {changed[0]}.")
+    materials = Materials.open(config, device)
+    _check_identity(store, materials)
+    return store, materials
+
+
+def stored_config(store: StudyStore) -> StudyConfig:
+    """The frozen config of a study."""
+    return _stored_config(store, store.attribute("config"))
+
+
+def _stored_config(store: StudyStore, value: object) -> StudyConfig:
+    if value is None:
+        raise StorageError(
+            f"{shown(store.url)}: study '{store.name}' was never launched to its end. Launch it again."
+        )
+    schema = store.attribute("schema")
+    if schema != STUDY_SCHEMA:
+        raise StorageError(
+            f"{shown(store.url)}: study '{store.name}' has schema {schema}, this mergefront reads {STUDY_SCHEMA}. "
+            "Use the version that wrote it."
+        )
+    return parse_study(value, f"{shown(store.url)}: study '{store.name}'")
+
+
+def _check_identity(store: StudyStore, materials: Materials) -> None:
+    began = store.attribute("identity")
+    for what, digest in materials.identity.items():
+        if began.get(what) != digest:
+            raise ConfigError(
+                f"study '{store.name}': {what} changed since it began (sha256 {str(began.get(what))[:12]} -> "
+                f"{digest[:12]}). Restore them, or give the study a new name."
+            )
+
+
+def _facts(materials: Materials) -> dict[str, Any]:
+    """What front, report and export must know without opening the parents."""
+    return {
+        "groups": [[group.name, len(group.tensors)] for group in materials.space.groups],
+        "tasks": list(materials.questions.task_names),
+        "questions": {"search": len(materials.questions.search), "report": len(materials.questions.report)},
+        "parameters": materials.parents.parameters,
+        "notes": materials.notes,
+        "parents": materials.provenance(),
+    }
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------
+
+
+def set_budget(store: StudyStore, text: str | int | None) -> int:
+    """The number of search trials beyond the baselines: `80` sets it (never below what is done), `+50` adds to it."""
+    with store.exclusive():
+        budget = int(store.attribute("trials"))
+        if text is not None:
+            number = str(text).strip()
+            if not number.lstrip("+").isdigit() or number.count("+") > 1 or len(number) > 9:
+                raise ConfigError(f"--trials {text}: wanted a number such as 80, or +50 to extend.")
+            budget = budget + int(number) if number.startswith("+") else int(number)
+            store.set_attribute("trials", budget)
+    return budget
+
+
+def run(
+    store: StudyStore, materials: Materials, observer: Observer | None = None, *, report: bool = True
+) -> None:
+    """Runs the study until its budget is complete, then scores the report split.
+
+    Several processes may do this at once: every trial is claimed by one of them, and the budget counts them all.
+
+    Raises:
+        TooManyFailuresError: several trials in a row failed. EvaluationError: a baseline failed.
+        Interrupted: a signal; the trial under way is back in the queue.
+    """
+    observer = observer or Observer()
+    evidence = EvidenceFolder(store.url, store.name)
+    engine = make_engine(
+        materials.config.sampler,
+        materials.space.names,
+        (materials.space.low, materials.space.high),
+        tuple(metric.maximize for metric in materials.metrics),
+    )
+    observer.started(store.trials(), len(BASELINES) + int(store.attribute("trials")))
+    for trial in _asked(store, materials, engine):
+        observer.step("asked", trial)
+        _run_trial(store, materials, evidence, trial, observer)
+    observer.ended(store.trials())
+    if report:
+        score_report_split(store, materials, evidence, observer)
+
+
+def _asked(store: StudyStore, materials: Materials, engine: Engine) -> Iterator[TrialRecord]:
+    """Trials for this worker, until the budget is complete and no trial is left to take over."""
+    while True:
+        with store.exclusive():
+            trial = store.adopt() or _drawn(store, materials, engine)
+        if trial is not None:
+            yield trial
+        elif any(record.state in ("running", "waiting") for record in store.trials()):
+            wait(POLL_SECONDS)  # another worker has the last ones; should it die, they are ours
+        else:
+            return
+
+
+def _drawn(store: StudyStore, materials: Materials, engine: Engine) -> TrialRecord | None:
+    """A new trial, or None if the budget is given out. Failed trials do not count: others are drawn in their place."""
+    history = store.trials()
+    _stop_after_failures(history)
+    given_out = sum(record.state != "failed" for record in history)
+    if given_out >= len(BASELINES) + int(store.attribute("trials")):
+        return None
+    draw = len(history)
+    space = materials.space
+    if draw < len(BASELINES):
+        kind, coefficient = BASELINES[draw]
+        recipe, tags = space.uniform(coefficient), engine.baseline_tags(draw)
+    else:
+        proposal = engine.propose(history, draw)
+        kind, tags = "search", proposal.tags
+        recipe = space.from_vector([proposal.coefficients[name] for name in space.names])
+    return store.claim(
+        kind,
+        recipe.coefficients,
+        (space.low, space.high),
+        {"method": recipe.method, "recipe": recipe.key},
+        tags,
+    )
+
+
+def _run_trial(
+    store: StudyStore, materials: Materials, evidence: EvidenceFolder, trial: TrialRecord, observer: Observer
+) -> None:
+    """merge -> evaluate -> evidence -> tell. The tell is the commit point: whatever ends the process before it, the
+    next worker runs the same recipe again."""
+    try:
+        with store.beating(trial.number):
+            digest, values = _known(store, trial) or _measured(materials, evidence, trial, observer)
+        store.annotate(trial.number, "evidence", digest)
+        observer.step("evidence", trial)
+        told = store.complete(trial.number, values)
+    except Interrupted:
+        store.give_back(trial.number)
+        raise
+    except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:
+        # RuntimeError is how torch says out of memory; what it says is kept with the trial.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        store.fail(trial.number, reason)
+        _free_memory()
+        if trial.kind != "search":
+            raise EvaluationError(
+                f"trial {trial.number} ({trial.kind}): {reason} A study needs its baselines."
+            ) from error
+        observer.failed(trial, reason)
+        return
+    if told:
+        observer.finished(trial, values)
+
+
+def _known(store: StudyStore, trial: TrialRecord) -> tuple[str, list[float]] | None:
+    """The result of a finished trial with the same recipe: genetic algorithms propose exact duplicates."""
+    for record in store.trials():
+        same = record.attributes["recipe"] == trial.attributes["recipe"] and record.number != trial.number
+        if same and record.state == "complete" and record.values is not None:
+            store.annotate(trial.number, "same_as", record.number)
+            return str(record.attributes["evidence"]), list(record.values)
+    return None
+
+
+def _measured(
+    materials: Materials, evidence: EvidenceFolder, trial: TrialRecord, observer: Observer
+) -> tuple[str, list[float]]:
+    evaluation = _evaluated(materials, trial, "search", observer)
+    values = [float(metric.value(evaluation.outcomes)) for metric in materials.metrics]
+    for metric, value in zip(materials.metrics, values, strict=True):
+        if not math.isfinite(value):
+            raise EvaluationError(f"{metric.name}: found {value}, wanted a finite number.")
+    return evidence.save(evaluation), values
+
+
+def _evaluated(materials: Materials, trial: TrialRecord, split: Split, observer: Observer) -> Evaluation:
+    observer.step("merging", trial)
+    materials.merge(Recipe(materials.space.method, trial.coefficients))
+    observer.step("merged", trial)
+    evaluation = materials.evaluate(split, observer.evaluating)
+    observer.step("evaluated", trial)
+    return evaluation
+
+
+def score_report_split(
+    store: StudyStore, materials: Materials, evidence: EvidenceFolder, observer: Observer
+) -> None:
+    """Scores parents, uniform line and front (or all trials, see `split.report`) on the report split.
+
+    Nothing is chosen here: who is on the front was decided on the search split.
+    """
+    done = [record for record in store.trials() if record.state == "complete"]
+    on_front = front_of(done, [metric.maximize for metric in materials.metrics])
+    everybody = materials.config.split.report == "all"
+    known = store.attributes()
+    due = [
+        record
+        for record in done
+        if (everybody or record.kind != "search" or record.number in on_front)
+        and f"report:{record.number}" not in known
+    ]
+    by_recipe = {
+        record.attributes["recipe"]: known[f"report:{record.number}"]
+        for record in done
+        if f"report:{record.number}" in known
+    }
+    for index, record in enumerate(due):
+        observer.reporting(index, len(due))
+        key = record.attributes["recipe"]
+        if key not in by_recipe:
+            by_recipe[key] = evidence.save(_evaluated(materials, record, "report", observer))
+        store.set_attribute(f"report:{record.number}", by_recipe[key])
+    observer.reporting(len(due), len(due))
+
+
+def front_of(records: Sequence[TrialRecord], maximize: Sequence[bool]) -> set[int]:
+    """Numbers of the non-dominated ones among complete trials, on the search split."""
+    if not records:
+        return set()
+    kept = non_dominated(np.array([record.values for record in records]), maximise=tuple(maximize))
+    return {record.number for record, on_front in zip(records, kept, strict=True) if on_front}
+
+
+def _stop_after_failures(history: Sequence[TrialRecord]) -> None:
+    finished = [record for record in history if record.state in ("complete", "failed")]
+    last = finished[-MAX_FAILURES_IN_A_ROW:]
+    if len(last) == MAX_FAILURES_IN_A_ROW and all(record.state == "failed" for record in last):
+        raise TooManyFailuresError(
+            f"trials {last[0].number} to {last[-1].number} failed in a row; the last one: "
+            f"{last[-1].attributes.get('error', 'unknown')} Mend the cause, then resume."
+        )
+
+
+def _free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,59 @@
+"""Several processes of one machine at one study."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from search.storage import StudyStore
+
+logger = logging.getLogger("mergefront")
+
+END_SECONDS = 20
+
+
+def use_threads(workers: int) -> None:
+    """Shares this machine's cores among the workers, unless OMP_NUM_THREADS says otherwise."""
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(_threads(workers))
+
+
+@contextmanager
+def helpers(count: int, store: StudyStore, device: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Runs `count` further workers of the study beside the block, and ends those that are left when it ends.
+
+    They stop by themselves when the budget is complete. On an error or a signal they get SIGTERM, upon which each gives
+    its trial back; one that does not end in time is killed, and its trial is adopted later like any dead worker's.
+    """
+    command = [sys.executable, "-m", "search.cli", "-q", "resume", store.name, "--storage", store.url]
+    command += ["--device", device, "--grace", str(store.grace), "--as-worker"]
+    for override in overrides:
+        command += ["--set", override]
+    environment = {"OMP_NUM_THREADS": str(_threads(count + 1)), **os.environ}
+    running = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    try:
+        yield
+        for process in running:
+            process.wait()
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+        for process in running:
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.returncode not in (0, -15, 143, 130):
+                logger.warning("worker %d ended with exit code %d", process.pid, process.returncode)
+
+
+def _threads(workers: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // workers)

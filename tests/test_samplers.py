@@ -1,0 +1,151 @@
+"""The contract of every engine: a function of (seed, history), whoever asks and whenever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from search.config import OPTUNA_SAMPLERS, PYMOO_ALGORITHMS, SamplerConfig
+from search.errors import ConfigError
+from search.samplers import Engine, make_engine
+from search.storage import State, TrialRecord
+
+GROUPS = ("embeddings", "layer.0.attention", "layer.0.mlp")
+BOUNDS = (-0.2, 1.2)
+LINE = tuple(i / 10 for i in range(11))
+ALL = [("optuna", name) for name in OPTUNA_SAMPLERS] + [("pymoo", name) for name in PYMOO_ALGORITHMS]
+every_engine = pytest.mark.parametrize(("engine", "name"), ALL)
+
+
+def config(engine: str, name: str, seed: int = 0) -> SamplerConfig:
+    genetic = engine == "pymoo" or name.startswith("nsga")
+    return SamplerConfig(
+        engine=engine,  # type: ignore[arg-type]
+        name=name,
+        seed=seed,
+        population=8 if genetic else None,
+        startup=14 if name in ("tpe", "gp") else None,
+        points=4 if name == "grid" else None,
+    )
+
+
+def objective(x: Sequence[float]) -> tuple[float, ...]:
+    a = np.asarray(x)
+    return float(1 - ((a - [0.9, 0.2, 0.6]) ** 2).sum()), float(((a - [0.1, 0.1, 0.9]) ** 2).sum())
+
+
+def record(
+    engine: Engine, number: int, state: State = "complete", history: Sequence[TrialRecord] = ()
+) -> TrialRecord:
+    if number < len(LINE):
+        kind, coefficients, tags = (
+            "uniform",
+            dict.fromkeys(GROUPS, LINE[number]),
+            engine.baseline_tags(number),
+        )
+    else:
+        proposal = engine.propose(history, number)
+        kind, coefficients, tags = "search", dict(proposal.coefficients), proposal.tags
+    values = objective([coefficients[g] for g in GROUPS]) if state == "complete" else None
+    return TrialRecord(number, kind, state, coefficients, values, {}, tags, None)
+
+
+def run(
+    make: Callable[[], Engine], trials: int, *, fresh: bool, failing: frozenset[int] = frozenset()
+) -> list[TrialRecord]:
+    engine = make()
+    history: list[TrialRecord] = []
+    for number in range(trials):
+        if fresh:
+            engine = make()
+        history.append(record(engine, number, "failed" if number in failing else "complete", history))
+    return history
+
+
+@every_engine
+def test_a_resumed_engine_proposes_what_an_uninterrupted_one_does(engine: str, name: str) -> None:
+    def make() -> Engine:
+        return make_engine(config(engine, name), GROUPS, BOUNDS, (True, False))
+
+    trials = 17 if name == "gp" else 44
+    failing = frozenset({13, 21})
+    through = run(make, trials, fresh=False, failing=failing)
+    assert run(make, trials, fresh=True, failing=failing) == through
+    searched = {tuple(r.coefficients.values()) for r in through[len(LINE) :]}
+    assert len(searched) >= 0.8 * (trials - len(LINE))
+    assert all(BOUNDS[0] <= v <= BOUNDS[1] for r in through for v in r.coefficients.values())
+    assert all(set(r.coefficients) == set(GROUPS) for r in through)
+
+
+@every_engine
+def test_two_seeds_are_two_searches(engine: str, name: str) -> None:
+    first, second = (
+        run(
+            lambda seed=seed: make_engine(config(engine, name, seed), GROUPS, BOUNDS, (True, False)),
+            16,
+            fresh=False,
+        )  # type: ignore[misc]
+        for seed in (0, 1)
+    )
+    assert [r.coefficients for r in first[11:]] != [r.coefficients for r in second[11:]]
+
+
+@every_engine
+def test_running_trials_of_other_workers_do_not_stop_it(engine: str, name: str) -> None:
+    """Four workers: results arrive in another order than the draws, and after the next generation began."""
+    one = make_engine(config(engine, name), GROUPS, BOUNDS, (True, False))
+    history: list[TrialRecord] = []
+    for number in range(40 if name != "gp" else 16):
+        history.append(record(one, number, "running", history))
+        if number >= 3:
+            late = number - 3 if number % 2 else number - 2
+            for place in (late, number - 3):
+                done = history[place]
+                values = objective([done.coefficients[g] for g in GROUPS])
+                history[place] = TrialRecord(
+                    place, done.kind, "complete", done.coefficients, values, {}, done.tags, None
+                )
+    another = make_engine(config(engine, name), GROUPS, BOUNDS, (True, False)).propose(history, len(history))
+    assert set(another.coefficients) == set(GROUPS)
+
+
+@pytest.mark.parametrize(("engine", "name"), [("optuna", "nsga2"), ("pymoo", "nsga2")])
+def test_the_uniform_line_breeds(engine: str, name: str) -> None:
+    """Optuna's NSGA-II ignores trials that it did not draw; here the baselines belong to its first generation.
+
+    All random members of the first generation are made worse than every baseline, so children stem from the line.
+    """
+    one = make_engine(config(engine, name), GROUPS, (0.0, 1.0), (True, False))
+    history: list[TrialRecord] = []
+    for number in range(60):
+        new = record(one, number, "complete", history)
+        if new.kind == "search" and number < 22:
+            new = TrialRecord(number, new.kind, "complete", new.coefficients, (-9.0, 9.0), {}, new.tags, None)
+        history.append(new)
+    spread = [np.ptp(list(r.coefficients.values())) for r in history[26:40]]
+    assert (
+        np.median(spread) < 0.5
+    )  # random recipes of three groups: about 0.5, and rarely equal in two groups
+    if engine == "optuna":  # its crossover copies coefficients, pymoo's blends them
+        assert any(len(set(r.coefficients.values())) < 3 for r in history[26:40])
+
+
+def test_one_and_three_objectives() -> None:
+    for engine, name in ALL:
+        for maximize in ((True,), (True, False, False)):
+            one = make_engine(config(engine, name), GROUPS, BOUNDS, maximize)
+            history: list[TrialRecord] = []
+            for number in range(30 if name != "gp" else 14):
+                new = record(one, number, "running", history)
+                values = (objective([new.coefficients[g] for g in GROUPS]) * 2)[: len(maximize)]
+                history.append(
+                    TrialRecord(number, new.kind, "complete", new.coefficients, values, {}, new.tags, None)
+                )
+            assert len({tuple(r.coefficients.values()) for r in history}) > 11, (engine, name)
+
+
+def test_a_grid_too_large_is_refused() -> None:
+    with pytest.raises(ConfigError, match="grid of 11 points in 30 groups"):
+        make_engine(SamplerConfig(name="grid"), tuple(map(str, range(30))), BOUNDS, (True, False))
