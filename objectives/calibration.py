@@ -146,7 +146,7 @@ def nll(outcomes: Outcomes, weights: Floats | None = None) -> Floats:
     Probabilities below 1e-12 count as 1e-12, so that one question costs at most 27.63.
     """
     p_gold = outcomes.probability[np.arange(len(outcomes)), outcomes.gold]
-    return weighted_mean(-np.log(np.clip(p_gold, NLL_FLOOR, 1.0)), weights, "nll")
+    return weighted_mean(0.0 - np.log(np.clip(p_gold, NLL_FLOOR, 1.0)), weights, "nll")
 
 
 def auroc(outcomes: Outcomes, weights: Floats | None = None) -> Floats:

@@ -131,7 +131,9 @@ class Outcomes:
 
 
 def _frozen(array: npt.NDArray[Any], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    copy = np.array(array, dtype=dtype, order="C")  # a copy: nobody else can change it under the cached properties
+    copy = np.array(
+        array, dtype=dtype, order="C"
+    )  # a copy: nobody else can change it under the cached properties
     copy.flags.writeable = False
     return copy
 

@@ -69,6 +69,12 @@ class SplitName(StrEnum):
     report = "report"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mergefront {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")] = False,
@@ -77,11 +83,10 @@ def _options(
     log_file: Annotated[
         Path | None, typer.Option("--log-file", metavar="FILE", help="Also log to this file.")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
-    if version:
-        print(f"mergefront {__version__}")
-        raise typer.Exit
     _OPTIONS.update(quiet=quiet, debug=debug)
     _start_logging(verbose or debug, quiet, log_file)
 
@@ -324,7 +329,8 @@ def _run(
     as_worker: bool = False,
 ) -> None:
     from search.board import read_board
-    from search.progress import ProgressPrinter, stderr_console
+    from search.console import stderr_console
+    from search.progress import ProgressPrinter
     from search.study import run
     from search.tables import front_table
     from search.workers import helpers, use_threads
@@ -354,11 +360,9 @@ def _closing(printer: Any) -> Iterator[None]:
 def _start_logging(verbose: bool, quiet: bool, file: Path | None) -> None:
     logger = logging.getLogger("mergefront")
     logger.handlers.clear()
-    logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    stream = logging.StreamHandler(sys.stderr)
-    stream.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(stream)
+    logger.addHandler(_console(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO))
     if file is not None:
         try:
             log = logging.FileHandler(file, encoding="utf-8")
@@ -366,6 +370,12 @@ def _start_logging(verbose: bool, quiet: bool, file: Path | None) -> None:
             raise ConfigError(f"--log-file {file}: cannot be written: {error.strerror}.") from error
         log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(log)
+
+
+def _console(level: int) -> logging.Handler:
+    from search.console import ConsoleHandler
+
+    return ConsoleHandler(level)
 
 
 if __name__ == "__main__":

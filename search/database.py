@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -16,7 +17,7 @@ from zlib import crc32
 import optuna
 import sqlalchemy
 from optuna.exceptions import OptunaError
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.errors import DiskError, MergefrontError, StorageError
@@ -58,32 +59,44 @@ def connect(url: str, *, create: bool) -> RDBStorage:
         _check_sqlite(path, create)
         arguments: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}}
     elif url.startswith(("postgresql://", "postgresql+psycopg://")):
-        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         arguments = {"pool_pre_ping": True}
     else:
         raise StorageError(f"{url}: wanted sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with translated(url):
-        return RDBStorage(url, engine_kwargs=arguments)
+    # Optuna makes its tables at the first connection, and two processes that do so at once collide.
+    with translated(url), exclusive(url):
+        return RDBStorage(_with_driver(url), engine_kwargs=arguments)
 
 
 @contextmanager
-def exclusive(storage: BaseStorage, url: str, name: str = "") -> Iterator[None]:
-    """One process at a time, over all that use this storage; let go by the system if the process dies."""
+def exclusive(url: str, name: str = "") -> Iterator[None]:
+    """One process at a time, over all that use this storage; let go by the system if the process dies.
+
+    Args:
+        name: on a server, processes at other studies need not wait.
+    """
     path = sqlite_path(url)
     if path is not None:
         with open(f"{path}.lock", "a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         return
-    engine = _engine(storage)
-    with engine.connect() as connection:
+    with _server(url).connect() as connection:
         key = {"key": crc32(f"mergefront:{name}".encode())}
         connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), key)
         try:
             yield
         finally:
             connection.execute(sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
+
+
+@cache
+def _server(url: str) -> sqlalchemy.Engine:
+    return sqlalchemy.create_engine(_with_driver(url), pool_pre_ping=True)
+
+
+def _with_driver(url: str) -> str:
+    return url.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 @contextmanager
@@ -177,11 +190,6 @@ def _check_sqlite(path: Path, create: bool) -> None:
             f"{where}: a SQLite database of something else (tables {', '.join(sorted(tables)[:3])}...), "
             "not an Optuna storage. It is left untouched."
         )
-
-
-def _engine(storage: BaseStorage) -> Any:
-    backend = getattr(storage, "_backend", storage)  # Optuna wraps the storage of a study in a cache
-    return backend.engine
 
 
 def wait(seconds: float) -> None:

@@ -1,7 +1,7 @@
 """The front: dominance, hypervolume, picking a point. Plain float arrays, never Optuna objects.
 
 `points` is `(n, m)`: n trials, m objectives. `maximise` has one bool per objective and is always given. A row
-with NaN or an infinity counts as not measured: it is never on the front, dominates nothing and is never picked.
+with NaN or an infinity counts as not measured: never on the front, dominating nothing, never picked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def hypervolume(points: npt.ArrayLike, ref: npt.ArrayLike, *, maximise: Sequence
     Points that are not strictly better than `ref` in every objective add nothing. No points: 0.
 
     Two objectives are one sorted sweep; more are sliced along the last one, recursively (While et al. 2006,
-    "HSO"), with dominated points dropped in each slice: fine for hundreds of points in 3 objectives, tens in 5.
+    "HSO"), with dominated points dropped in each slice: for hundreds of points in 3 objectives, tens in 5.
 
     Raises:
         ValueError: shapes disagree, or the reference point is not finite.

@@ -1,14 +1,14 @@
-"""What a running study prints, on stderr: a start-up block, then a live bar on a terminal or a line a trial elsewhere."""
+"""What a running study prints on stderr: a start-up block, then a bar on a terminal or a line a trial elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
@@ -78,21 +78,18 @@ class ProgressPrinter(Observer):
         seconds = time.monotonic() - self._trial_began
         rank = "front" if self._is_on_front(trial.number) else "dominated"
         scores = "  ".join(f"{n} {v:.4f}" for (n, _), v in zip(self._objectives, values, strict=True))
-        logger.debug("trial %d %s (%s)", trial.number, scores, rank)
-        if self._quiet:
-            return
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=len(self._values), description=self._summary(gained))
-            return
-        clock = time.strftime("%H:%M:%S")
         kind = "" if trial.kind == "search" else f" ({trial.kind})"
-        self._print(
-            f"[{clock}] trial {trial.number}{kind}  {scores}  {rank}  {seconds:.1f} s  "
+        line = (
+            f"trial {trial.number}{kind}  {scores}  {rank}  {seconds:.1f} s  "
             f"[{len(self._values)}/{self._total}  {self._summary(gained, scores=False)}]"
         )
+        shown_elsewhere = self._quiet or self._bar is not None
+        logger.log(logging.DEBUG if shown_elsewhere else logging.INFO, line)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=len(self._values), description=self._summary(gained))
 
     def failed(self, trial: TrialRecord, reason: str) -> None:
-        self._print(f"trial {trial.number} failed: {reason}")
+        logger.warning("trial %d failed: %s", trial.number, reason)
 
     def ended(self, trials: Sequence[TrialRecord]) -> None:
         self.close()
@@ -101,10 +98,10 @@ class ProgressPrinter(Observer):
         if self._quiet or of == 0:
             return
         if done == 0:
-            self._print(f"scoring the report split: {of} trials")
+            logger.info("scoring the report split: %d trials", of)
             self._began = time.monotonic()
         elif done == of:
-            self._print(f"report split scored in {_duration(time.monotonic() - self._began)}")
+            logger.info("report split scored in %s", _duration(time.monotonic() - self._began))
 
     def close(self) -> None:
         """Takes the bar off the terminal."""
@@ -158,9 +155,9 @@ class ProgressPrinter(Observer):
         if trial.kind in ("pre", "post"):
             self._parents[trial.kind] = values
 
-    def _front_mask(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def _front_mask(self) -> NDArray[np.bool_]:
         points = np.array(list(self._values.values()))
-        return non_dominated(points, maximise=tuple(m for _, m in self._objectives))  # type: ignore[return-value]
+        return non_dominated(points, maximise=tuple(m for _, m in self._objectives))
 
     def _is_on_front(self, number: int) -> bool:
         return bool(self._front_mask()[list(self._values).index(number)])
@@ -173,14 +170,6 @@ class ProgressPrinter(Observer):
         both = np.array(list(self._parents.values()))
         corner = np.where(maximise, both.min(axis=0), both.max(axis=0))
         return hypervolume(np.array(list(self._values.values())), corner, maximise=maximise)
-
-    def _print(self, line: str) -> None:
-        self._console.print(Text(line), highlight=False, soft_wrap=True)
-
-
-def stderr_console() -> Console:
-    """A console on stderr: no colour, no bar, no carriage return unless it is a terminal."""
-    return Console(file=sys.stderr, soft_wrap=True)
 
 
 def _count(number: int) -> str:

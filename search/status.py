@@ -10,10 +10,10 @@ import numpy as np
 
 from search.database import shown
 from search.front import hypervolume
-from search.storage import StudyStore, TrialRecord
+from search.storage import State, StudyStore, TrialRecord
 from search.study import BASELINES, front_of
 
-STATES = ("complete", "running", "waiting", "failed")
+STATES: tuple[State, ...] = ("complete", "running", "waiting", "failed")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Status:
 
     study: str
     storage: str
-    trials: dict[str, int]
+    trials: dict[State, int]
     total: int
     front: int
     hypervolume: float | None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.distributions import FloatDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.database import connect, exclusive, sqlite_path, translated
@@ -77,7 +79,7 @@ class StudyStore:
     ) -> StudyStore:
         """The study of this name, made if it does not exist; `objectives` are (name, maximize) pairs."""
         storage = connect(url, create=True)
-        with translated(url), exclusive(storage, url):
+        with translated(url), exclusive(url):
             study = optuna.create_study(
                 study_name=name,
                 storage=storage,
@@ -90,7 +92,9 @@ class StudyStore:
             if foreign:
                 raise StorageError(f"{url}: study '{name}' was not made by mergefront. Choose another name.")
             if study.metric_names is None:
-                study.set_metric_names(names)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    study.set_metric_names(names)  # optuna-dashboard shows them
         return cls(url, study, **options)
 
     @classmethod
@@ -116,7 +120,7 @@ class StudyStore:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Holds the study for this worker alone, over processes and machines. Not re-entrant."""
-        with translated(self.url), exclusive(self._storage, self.url, self.name):
+        with translated(self.url), exclusive(self.url, self.name):
             yield
 
     def attribute(self, key: str) -> Any:

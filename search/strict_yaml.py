@@ -1,4 +1,4 @@
-"""Reading YAML that cannot surprise: YAML 1.2 scalars, no duplicate keys, no aliases, no tags, bounded size and depth."""
+"""Reading YAML that cannot surprise: YAML 1.2 scalars, no duplicate keys, aliases or tags, bounded size and depth."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_yaml(text: str, where: str) -> Any:
 
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
-    yaml.version = (1, 2)  # type: ignore[assignment]
+    yaml.version = (1, 2)
     yaml.allow_duplicate_keys = False
     return yaml
 

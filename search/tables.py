@@ -1,4 +1,4 @@
-"""The front as a table for a terminal: scores with intervals, parents and uniform line beside it, and what to make of it."""
+"""The front as a table for a terminal, with parents, uniform line and intervals, and what to make of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def front_table(board: Board, split: str | None = None) -> str:
         [
             str(row.trial),
             _label(row),
-            *(_cell(row.on(shown).get(name)) for name, _ in metrics),
+            *(_cell(row.on(shown).get(name), interval=up is not None) for name, up in metrics),
             notes.get(row.trial, ""),
         ]
         for row in rows
@@ -56,8 +56,10 @@ def _notes(board: Board) -> dict[int, str]:
     return {trial: ", ".join(names) for trial, names in notes.items()}
 
 
-def _cell(cell: Cell | None) -> str:
-    return "-" if cell is None else f"{cell.value:.4f} [{cell.low:.3f}, {cell.high:.3f}]"
+def _cell(cell: Cell | None, *, interval: bool) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell.value:.3f}" + (f" [{cell.low:.3f}, {cell.high:.3f}]" if interval else "")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -76,11 +78,14 @@ def _reading(board: Board, split: Split) -> list[str]:
     front, line = board.front, board.uniform_line()
     searched = sum(row.kind == "search" for row in front)
     lines = [
-        f"* on the front, chosen on the search split ({len(front)} of {len(board.rows)} trials, {searched} from the search)",
+        f"* on the front, chosen on the search split ({len(front)} of {len(board.rows)} trials, "
+        f"{searched} from the search)",
         f"hypervolume {volume.front:.4f}, uniform line ({len(line)} points) {volume.uniform:.4f}: "
         f"gain {volume.gain.value:+.4f} [{volume.gain.low:+.4f}, {volume.gain.high:+.4f}]{_ratio(board, split)}",
     ]
-    if volume.gain.low <= 0:
+    if volume.gain.high < 0:
+        lines.append("here the uniform line is better: what was chosen on the search split does not hold up")
+    elif volume.gain.low <= 0:
         lines.append("the gain over the uniform line is within the noise of these questions")
     if split == "report":
         both = [row for row in front if row.kind == "search" and _beats_parents(board, row)]

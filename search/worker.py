@@ -26,8 +26,8 @@ class Worker:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Worker:
-        texts = (str(value[key]) for key in ("host", "boot", "namespace"))
-        return cls(*texts, int(value["pid"]), str(value["started"]))
+        host, boot, namespace = (str(value[key]) for key in ("host", "boot", "namespace"))
+        return cls(host, boot, namespace, int(value["pid"]), str(value["started"]))
 
     def is_known_dead(self, *, one_machine: bool) -> bool:
         """True if this process surely ended; False if it lives, or lives where nobody here can tell.

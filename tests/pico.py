@@ -1,6 +1,6 @@
-"""Tiny random models with a real tokenizer, saved as real checkpoints: two layers, width 32, a few milliseconds each.
+"""Tiny random models with a real tokenizer, saved as real checkpoints: two layers, width 32, milliseconds each.
 
-    save_pico(tmp_path / "pre", "qwen3", seed=0, dtype="bfloat16", shards=3)
+For example `save_pico(tmp_path / "pre", "qwen3", seed=0, dtype="bfloat16", shards=3)`.
 """
 
 from __future__ import annotations
@@ -110,6 +110,17 @@ def save_pico(
     if tokenizer is not False:
         (tokenizer or pico_tokenizer(chat_template=chat_template)).save_pretrained(folder)
     return folder
+
+
+def block_network(monkeypatch: Any) -> None:
+    """Any attempt of this test to resolve a name or to connect fails loudly."""
+    import socket
+
+    def blocked(*arguments: object, **named: object) -> None:
+        raise AssertionError("a test tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", blocked)
+    monkeypatch.setattr(socket, "getaddrinfo", blocked)
 
 
 def save_pair(tmp: Path, arch: str = "llama", **options: Any) -> tuple[Path, Path]:

@@ -47,7 +47,7 @@ def sharp(model: Any, scale: float = 5.0) -> Any:
 
 def layout(name: str) -> Any:
     arch, overrides = LAYOUTS[name]
-    return sharp(pico_model(arch, **overrides))
+    return sharp(pico_model(arch, **{"max_position_embeddings": 2048, **overrides}))
 
 
 def question(context: str, options: Sequence[str], **more: Any) -> Question:
@@ -91,11 +91,11 @@ def agree(scorer: Scorer, questions: Sequence[Question], tolerance: float = 1e-4
 @pytest.mark.parametrize("letter", [False, True], ids=["continuation", "letter"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_packed_equals_plain(name: str, letter: bool, shots: int) -> None:
-    questions = some_questions(9, shots if not letter else min(shots, 2), letter)  # at most 512 positions
+    questions = some_questions(9, shots, letter)
     scorer = Scorer(layout(name), pico_tokenizer())
     agree(scorer, questions)
     groups = plan_groups(encode_questions(questions, scorer.tokenizer, scorer.limit))
-    assert any(group.prefix for group in groups) == bool(shots)
+    assert any(len(group.prefix) > 20 for group in groups) == bool(shots)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-window"])
@@ -153,14 +153,14 @@ def test_different_numbers_of_options_and_equal_options() -> None:
 
 
 def test_long_contexts_lose_their_left_end() -> None:
-    model = sharp(pico_model("llama", max_position_embeddings=40))
-    questions = (*some_questions(5, 0, False), question("b" * 70, [" a", " abcdef" * 5, " c"]))
+    model = sharp(pico_model("llama", max_position_embeddings=60))
+    questions = (*some_questions(5, 0, False), question("b" * 90, [" a", " abcdef" * 5, " c"]))
     scorer = Scorer(model, pico_tokenizer())
     agree(scorer, questions)
-    assert scorer.limit == 40
+    assert scorer.limit == 60
     assert any("lose context on the left" in note for note in scorer.notes)
-    long = encode_questions(questions, scorer.tokenizer, 40)[-1]
-    assert [len(sequence) for sequence in long.sequences] == [41, 41, 41]
+    long = encode_questions(questions, scorer.tokenizer, 60)[-1]
+    assert [len(sequence) for sequence in long.sequences] == [61, 61, 61]
     assert [len(s) - start for s, start in zip(long.sequences, long.starts, strict=True)] == [2, 35, 2]
 
 
@@ -174,7 +174,7 @@ def test_mass_of_letters() -> None:
     scorer = Scorer(layout("llama"), pico_tokenizer())
     scores = scorer.loglikelihoods((question("Answer:", ["A", "B"]),))
     ids = torch.tensor([scorer.tokenizer("Answer:")["input_ids"]])
-    chances = torch.softmax(scorer.model(ids).logits[0, -1], dim=-1)
+    chances = torch.softmax(scorer.model(ids).logits[0, -1].detach(), dim=-1)
     wanted = sum(float(chances[scorer.tokenizer(mark)["input_ids"][0]]) for mark in "AB")
     assert scores.mass[0] == pytest.approx(wanted, abs=1e-6)
 
@@ -204,13 +204,10 @@ def test_a_model_that_cannot_is_scored_the_plain_way_with_a_reason() -> None:
 
 
 def test_a_model_whose_packed_scores_differ_is_scored_the_plain_way() -> None:
-    class Scaled(torch.nn.Module):
-        """A head with a factor that only the model's own forward pass knows of."""
-
     model = layout("llama")
     forward = model.forward
 
-    def scaled(*args: Any, **kwargs: Any) -> Any:
+    def scaled(*args: Any, **kwargs: Any) -> Any:  # a factor that only the model's own forward pass knows of
         out = forward(*args, **kwargs)
         out.logits = out.logits * 0.5
         return out
@@ -218,7 +215,8 @@ def test_a_model_whose_packed_scores_differ_is_scored_the_plain_way() -> None:
     model.forward = scaled
     scorer = Scorer(model, pico_tokenizer())
     questions = some_questions(3, 0, False)
-    assert np.array_equal(scorer.loglikelihoods(questions).total, plain_loglikelihoods(model, pico_tokenizer(), questions).total)
+    plain = plain_loglikelihoods(model, pico_tokenizer(), questions)
+    assert np.array_equal(scorer.loglikelihoods(questions).total, plain.total)
     assert any("differ by" in note for note in scorer.notes)
 
 
@@ -276,7 +274,7 @@ def test_an_empty_context_is_bos() -> None:
 
 
 def test_options_without_tokens_are_refused() -> None:
-    with pytest.raises(ConfigError, match="question 1 .*option 0"):
+    with pytest.raises(ConfigError, match=r"question 1 .*option 0"):
         encode_questions((question("a", ["b"]), question("a", [""])), pico_tokenizer(), 100)
     with pytest.raises(ConfigError, match="wanted 1 to 4"):
         encode_questions((question("a", ["bbbbbb"]),), pico_tokenizer(), 4)

@@ -133,9 +133,7 @@ def _is_size(value: object) -> bool:
 def _entry(path: Path, name: str, value: Any) -> Entry:
     where = f"{path}: tensor {shown(name)}"
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        raise CheckpointError(
-            f"{where}: no dtype, shape and data_offsets in the header. Save it again."
-        )
+        raise CheckpointError(f"{where}: no dtype, shape and data_offsets in the header. Save it again.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(

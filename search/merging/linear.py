@@ -8,6 +8,7 @@ scored would not be what is shipped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -80,23 +81,9 @@ def weighted_sum(
         raise MergeError(
             f"{name}: shape {tuple(out.shape)} of the model but {tuple(pre.shape)} of the parents."
         )
-    factors = _finite(w_pre), _finite(w_post)
+    fill = _fill_in_cache if out.device.type == "cpu" else _fill_at_once
     target = out.detach().view(-1)
-    step = CHUNK if out.device.type == "cpu" else max(1, target.numel())
-    size = min(step, target.numel())
-    zero = torch.zeros(size, dtype=torch.float32, device=out.device)
-    total = torch.empty_like(zero)
-    flat = pre.reshape(-1), post.reshape(-1)
-    for start in range(0, target.numel(), step):
-        end = min(start + step, target.numel())
-        part = target[start:end]
-        work = part if out.dtype == torch.float32 else total[: end - start]
-        a, b = (side[start:end].to(out.device, torch.float32, non_blocking=True) for side in flat)
-        # 0 + w a, not w a: a negative zero of the parent becomes positive, as in the definition.
-        torch.add(zero[: end - start], a, alpha=factors[0], out=work)
-        work.add_(b, alpha=factors[1])
-        if work is not part:
-            part.copy_(work)
+    fill(pre.reshape(-1), post.reshape(-1), _finite(w_pre), _finite(w_post), target)
     if out.dtype == torch.float16 and target.numel():
         low, high = torch.aminmax(target)
         if not max(-float(low), float(high)) <= _HALF:  # written so that NaN fails too
@@ -104,6 +91,41 @@ def weighted_sum(
                 f"{name}: a merged value does not fit into float16 (largest {_HALF:.0f}). "
                 "Use merge.dtype bfloat16 or float32, or narrower bounds."
             )
+
+
+def _fill_in_cache(
+    pre: torch.Tensor, post: torch.Tensor, w_pre: float, w_post: float, target: torch.Tensor
+) -> None:
+    zero, total, cast = _zeros(), torch.empty(CHUNK), torch.empty(CHUNK)
+    for start in range(0, target.numel(), CHUNK):
+        part = target[start : start + CHUNK]
+        size = part.numel()
+        work = part if part.dtype == torch.float32 else total[:size]
+        a, b = pre[start : start + CHUNK], post[start : start + CHUNK]
+        # 0 + w a, not w a: a negative zero of the parent becomes positive, as in the definition.
+        torch.add(zero[:size], _float32(a, cast), alpha=w_pre, out=work)
+        work.add_(_float32(b, cast), alpha=w_post)
+        if work is not part:
+            part.copy_(work)
+
+
+def _fill_at_once(
+    pre: torch.Tensor, post: torch.Tensor, w_pre: float, w_post: float, target: torch.Tensor
+) -> None:
+    """The accelerator's way: one kernel over the whole tensor; the parent travels in its own dtype."""
+    total = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
+    for parent, factor in ((pre, w_pre), (post, w_post)):
+        total.add_(parent.to(target.device, non_blocking=True).float(), alpha=factor)
+    target.copy_(total)
+
+
+def _float32(part: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    return part if part.dtype == torch.float32 else scratch[: part.numel()].copy_(part)
+
+
+@lru_cache(maxsize=1)
+def _zeros() -> torch.Tensor:
+    return torch.zeros(CHUNK)
 
 
 def _finite(factor: float) -> float:

@@ -99,6 +99,8 @@ def _load(parents: Parents, dtype: torch.dtype, device: str) -> PreTrainedModel:
             # transformers hands out views of the mapped file; writing to those would copy page by page.
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             parameter.requires_grad_(False)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.clone()
     _check_ties(model, parents)
     loaded: PreTrainedModel = model.eval().to(device)
     return loaded

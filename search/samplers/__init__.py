@@ -1,4 +1,4 @@
-"""How the next recipe is proposed. An engine is rebuilt from the study's trials alone, so any worker can continue it."""
+"""How the next recipe is proposed. An engine is rebuilt from the study's trials alone: any worker can go on."""
 
 from __future__ import annotations
 

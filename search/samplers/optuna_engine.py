@@ -23,6 +23,7 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.config import SamplerConfig
@@ -86,7 +87,7 @@ class OptunaEngine:
         self._groups = groups
         self._bounds = bounds
         self._space: dict[str, BaseDistribution] = {name: FloatDistribution(*bounds) for name in groups}
-        self._directions = ["maximize" if m else "minimize" for m in maximize]
+        self._directions = [StudyDirection.MAXIMIZE if m else StudyDirection.MINIMIZE for m in maximize]
         self._mirror = optuna.create_study(directions=self._directions)
         self._mirrored: dict[
             int, tuple[int, State]

@@ -1,0 +1,296 @@
+"""The front with all that it must be compared to, per split: what a reader of a study looks at first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+from search.board import SPLITS, Board, Row, Split
+from search.front import non_dominated
+from search.picks import named_picks
+from search.plots.style import (
+    COLUMN,
+    FAINT,
+    FRONT,
+    INK,
+    KNEE,
+    POST,
+    PRE,
+    QUIET,
+    SHADE,
+    axis_label,
+    caption,
+    caption_height,
+    drawn,
+    said,
+)
+
+Floats = npt.NDArray[np.float64]
+
+_PANEL_HEIGHT = 2.75
+_MANY = 1500  # dots from which on the SVG holds them as a bitmap
+_PARENTS = {"pre": PRE, "post": POST}
+_GAIN = "#C9EADF"  # the front's green on white
+_HALO = [withStroke(linewidth=2.2, foreground="white")]
+
+
+@drawn
+def front_figure(board: Board, splits: Sequence[Split], setting: str = "") -> Figure:
+    """A column of panels per split, a row per pair of the first three objectives; all panels share their limits.
+
+    Dominated trials are grey, the front is green with its attainment staircase, parents and uniform line are
+    diamonds, a star marks the knee, bars are 95 % intervals. With two objectives the areas up to the reference point
+    are filled: what the uniform line dominates in grey, what the front adds in green. With one objective the x axis
+    is the trial's number.
+
+    Args:
+        setting: how the trials were proposed, for the caption, such as `optuna tpe, seed 0`.
+    """
+    pairs = list(combinations(range(min(len(board.objectives), 3)), 2))
+    rows, width = max(len(pairs), 1), COLUMN * len(splits)
+    text = _caption(board, splits, setting)
+    columns = 6 if len(splits) > 1 else 3
+    below = caption_height(text, width) + (0.2 if columns == 6 or not pairs else 0.34)
+    height = _PANEL_HEIGHT * rows + below + 0.08
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - below / height), wspace=0.04)  # type: ignore[union-attr]
+    panels = figure.subplots(rows, len(splits), squeeze=False)
+    for column, split in enumerate(splits):
+        scored = any(row.on(split) for row in board.rows)
+        for panel, pair in zip(panels[:, column], pairs or [None], strict=True):
+            if not scored:
+                said(panel, f"The {split} split is scored\nwhen the search is complete.")
+            elif pair is None:
+                _draw_one_objective(panel, board, split)
+            else:
+                _Panel(panel, board, split, pair).draw(first=column == 0)
+        questions = f"{board.questions.get(split, 0):,}{' unseen' if split == 'report' else ''} questions"
+        panels[0, column].set_title(f"{split.capitalize()} split: {questions}")
+    figure.legend(
+        handles=_legend(len(board.objectives)),
+        loc="lower center",
+        bbox_to_anchor=(0.5, (caption_height(text, width) - 0.02) / height),
+        ncols=columns,
+        columnspacing=1.2,
+        handletextpad=0.4,
+        borderaxespad=0.1,
+    )
+    caption(figure, text)
+    return figure
+
+
+def staircase(points: npt.ArrayLike, limit: npt.ArrayLike, *, maximise: Sequence[bool]) -> Floats:
+    """Corners `(k, 2)` of the attainment surface of `(n, 2)` points, drawn out to `limit` on the bad side.
+
+    All that lies on its bad side is dominated by one of the points. Dominated points do not change it; no points
+    give no corners.
+
+    >>> staircase([[1.0, 1.0], [2.0, 3.0]], [0.0, 9.0], maximise=(True, False)).tolist()
+    [[2.0, 9.0], [2.0, 3.0], [1.0, 3.0], [1.0, 1.0], [0.0, 1.0]]
+    """
+    sign = np.where(np.asarray(maximise), -1.0, 1.0)
+    loss = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    loss = np.unique(loss[non_dominated(loss, maximise=maximise)] * sign, axis=0)  # ascending x: descending y
+    if not len(loss):
+        return np.empty((0, 2))
+    end = np.asarray(limit, dtype=np.float64) * sign
+    corners = [[loss[0, 0], max(end[1], loss[0, 1])], loss[0].tolist()]
+    for before, here in zip(loss[:-1], loss[1:], strict=True):
+        corners += [[here[0], before[1]], here.tolist()]
+    corners.append([max(end[0], loss[-1, 0]), loss[-1, 1]])
+    return np.array(corners) * sign + 0.0
+
+
+class _Panel:
+    """One pair of objectives on one split."""
+
+    def __init__(self, axes: Axes, board: Board, split: Split, pair: tuple[int, int]) -> None:
+        self.axes, self.board, self.split = axes, board, split
+        self.names = [board.objectives[j][0] for j in pair]
+        self.maximise = tuple(board.maximize[j] for j in pair)
+        self.reference = np.array([board.reference[name] for name in self.names])
+        self.scored = [row for row in board.rows if row.on(split)]
+        self.whole = len(board.objectives) == 2  # else a projection, in which areas would mislead
+
+    def draw(self, *, first: bool) -> None:
+        self.axes.set_xlabel(axis_label(self.names[0], self.maximise[0]))
+        self.axes.set_ylabel(axis_label(self.names[1], self.maximise[1]))
+        limits = [_limits(self.board, name) for name in self.names]
+        self.axes.set(xlim=limits[0], ylim=limits[1])
+        if not first:
+            self.axes.set_ylabel("")
+            self.axes.tick_params(labelleft=False)
+        front = [row for row in self.scored if row.front]
+        line = [row for row in self.board.uniform_line() if row.on(self.split)]
+        if self.whole:
+            self._fill(front, _GAIN, zorder=0.3)
+            self._fill(line, SHADE, zorder=0.4)
+            self.axes.plot(*self.reference, "+", color=QUIET, ms=6, mew=0.9, zorder=4)
+        dominated = self._points([row for row in self.scored if not row.front and row.kind == "search"])
+        many = len(dominated) > _MANY
+        self.axes.plot(*dominated.T, "o", color=FAINT, ms=2.6, mew=0, zorder=2, rasterized=many)
+        self._stairs(front)
+        self._uniform_line(line)
+        for row in front:
+            self._bars(row, FRONT, alpha=0.4)
+        found = self._points([row for row in front if row.kind == "search"])
+        self.axes.plot(*found.T, "o", color=FRONT, ms=4.2, mec="white", mew=0.5, zorder=6)
+        knee = named_picks(self.board)["knee"]
+        if knee.on(self.split):
+            self.axes.plot(*self._points([knee]).T, "*", color=KNEE, ms=9.5, mec=INK, mew=0.6, zorder=9)
+
+    def _points(self, rows: Sequence[Row]) -> Floats:
+        values = [[row.on(self.split)[name].value for name in self.names] for row in rows]
+        return np.array(values, dtype=np.float64).reshape(-1, 2)
+
+    def _fill(self, rows: Sequence[Row], colour: str, zorder: float) -> None:
+        """The area that these rows dominate, up to the reference point: their hypervolume."""
+        points = self._points(rows)
+        good = np.where(self.maximise, 1.0, -1.0)
+        inside = points[((points - self.reference) * good > 0).all(axis=1)]
+        if len(inside):
+            corners = staircase(inside, self.reference, maximise=self.maximise)
+            self.axes.fill(*np.vstack([corners, self.reference]).T, color=colour, lw=0, zorder=zorder)
+
+    def _stairs(self, front: Sequence[Row]) -> None:
+        points = np.vstack([self._points(front), self.reference])
+        limit = np.where(self.maximise, points.min(axis=0), points.max(axis=0))
+        corners = staircase(points[:-1], limit, maximise=self.maximise)
+        self.axes.plot(*corners.T, color=FRONT, lw=1.3, zorder=4, ls="-" if self.whole else (0, (3, 1.5)))
+
+    def _uniform_line(self, line: Sequence[Row]) -> None:
+        points = self._points(line)
+        self.axes.plot(*points.T, color=INK, lw=0.8, ls=(0, (1, 1.2)), zorder=3)
+        for row, (x, y) in zip(line, points, strict=True):
+            ring = FRONT if row.front else INK
+            if row.kind == "uniform":
+                self.axes.plot(x, y, "D", color="white", ms=3.2, mec=ring, mew=1.1 if row.front else 0.7, zorder=5)
+                continue
+            colour = _PARENTS[row.kind]
+            self._bars(row, colour, alpha=0.8)
+            self.axes.plot(x, y, "D", color=colour, ms=5.6, mec=FRONT if row.front else "white", mew=0.9, zorder=8)
+            self._name(row.kind, (x, y), points.mean(axis=0))
+
+    def _name(self, kind: str, point: tuple[float, float], middle: Floats) -> None:
+        """Writes a parent's name on the side that looks away from the uniform line."""
+        right, up = point[0] >= middle[0], point[1] >= middle[1]
+        self.axes.annotate(
+            kind,
+            point,
+            xytext=(5 if right else -5, 4 if up else -4),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="bottom" if up else "top",
+            color=_PARENTS[kind],
+            fontweight="bold",
+            fontsize=8,
+            zorder=10,
+            path_effects=_HALO,
+        )
+
+    def _bars(self, row: Row, colour: str, alpha: float) -> None:
+        across, up = (row.on(self.split)[name] for name in self.names)
+        style: dict[str, Any] = {"color": colour, "alpha": alpha, "lw": 0.7, "zorder": 3.5, "solid_capstyle": "butt"}
+        self.axes.plot([across.low, across.high], [up.value] * 2, **style)
+        self.axes.plot([across.value] * 2, [up.low, up.high], **style)
+
+
+def _draw_one_objective(axes: Axes, board: Board, split: Split) -> None:
+    """Value over the trial's number: with one objective the front is the best value."""
+    name, maximize = board.objectives[0]
+    best = named_picks(board)["knee"].trial
+    for row in board.rows:
+        cell = row.on(split).get(name)
+        if cell is None:
+            continue
+        colour = _PARENTS.get(row.kind, FAINT if row.kind == "search" else "white")
+        colour = FRONT if row.front and row.kind == "search" else colour
+        marker, edge = ("o", "white") if row.kind == "search" else ("D", FRONT if row.front else INK)
+        if row.front or row.kind in _PARENTS:
+            axes.plot([row.trial] * 2, [cell.low, cell.high], color=_PARENTS.get(row.kind, FRONT), lw=0.8, zorder=3)
+        size = 5.0 if row.front or row.kind in _PARENTS else 3.2
+        axes.plot(row.trial, cell.value, marker, color=colour, mec=edge, mew=0.6, ms=size, zorder=4)
+        if row.kind in _PARENTS:
+            axes.axhline(cell.value, color=colour, lw=0.6, ls=(0, (4, 2)), zorder=1)
+            axes.annotate(
+                row.kind, (1.0, cell.value), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right",
+                textcoords="offset points", color=colour, fontweight="bold", path_effects=_HALO, zorder=10,
+            )  # fmt: skip
+        if row.trial == best:
+            axes.plot(row.trial, cell.value, "*", color=KNEE, ms=9.5, mec=INK, mew=0.6, zorder=9)
+    axes.margins(0.06, 0.12)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("trial")
+    axes.set_ylabel(axis_label(name, maximize))
+
+
+def _limits(board: Board, name: str) -> tuple[float, float]:
+    """Limits of an objective's axis, the same on both splits so that these can be compared.
+
+    Front, baselines, their intervals and the reference are inside; dominated trials only as far as half of that again
+    on either side, so that one bad merge does not squeeze everything else.
+    """
+    cells = [(row, row.on(split)[name]) for row in board.rows for split in SPLITS if row.on(split)]
+    core = [board.reference[name]]
+    core += [x for row, cell in cells if row.front or row.kind != "search" for x in (cell.low, cell.high)]
+    low, high = min(core), max(core)
+    span = high - low
+    if span <= 0:
+        span = max(abs(low) * 0.1, 0.02)  # identical points: a frame with the point in its middle
+        low, high = low - span / 2, high + span / 2
+    near = [cell.value for _, cell in cells if low - span / 2 <= cell.value <= high + span / 2]
+    return min([low, *near]) - 0.06 * span, max([high, *near]) + 0.06 * span
+
+
+def _caption(board: Board, splits: Sequence[Split], setting: str) -> str:
+    text = f"{board.study}: {len(board.rows)} trials, {len(board.of_kind('search'))} from the search"
+    text += f"{f' ({setting})' if setting else ''}; {len(board.front)} on the front, chosen on the search split. "
+    if len(board.objectives) > 2:
+        text += f"Pairs of the first 3 of {len(board.objectives)} objectives; the front is that of all. "
+    volumes = [
+        f"{split} {board.hypervolume[split].front:.4f} vs {board.hypervolume[split].uniform:.4f}"
+        for split in splits
+        if any(row.on(split) for row in board.rows)
+    ]
+    corner = ", ".join(f"{name} {value:.3f}" for name, value in board.reference.items())
+    text += f"Hypervolume, front vs uniform line: {', '.join(volumes)}; reference {corner}. " if volumes else ""
+    text += "Bars: 95 % bootstrap intervals."
+    outside = _outside(board, splits) if len(board.objectives) > 1 else 0
+    return f"{text} Not shown: {outside} dominated trials outside the frame." if outside else text
+
+
+def _outside(board: Board, splits: Sequence[Split]) -> int:
+    """How many trials lie outside the frame on one of the splits."""
+    names = [name for name, _ in board.objectives[:3]]
+    frame = {name: _limits(board, name) for name in names}
+    return sum(
+        any(not frame[name][0] <= row.on(split)[name].value <= frame[name][1] for name in names)
+        for row in board.rows
+        for split in splits[:1]
+        if row.on(split)
+    )
+
+
+def _legend(objectives: int) -> list[Line2D | Patch]:
+    one = objectives == 1
+    front = Line2D([], [], color=FRONT, marker="o", ms=4.2, mec="white", mew=0.5, lw=0 if one else 1.3, label="front")
+    line = Line2D([], [], color=INK, marker="D", ms=3.2, mfc="white", mew=0.7, lw=0.8, ls=":", label="uniform line")
+    handles: list[Line2D | Patch] = [
+        front,
+        Line2D([], [], color=KNEE, marker="*", ms=8, mec=INK, mew=0.6, lw=0, label="best" if one else "knee"),
+        line,
+        Line2D([], [], color=FAINT, marker="o", ms=3, mew=0, lw=0, label="dominated"),
+    ]
+    if objectives == 2:
+        handles.insert(3, Patch(color=_GAIN, lw=0, label="gain over it"))
+        handles.append(Line2D([], [], color=QUIET, marker="+", ms=6, mew=0.9, lw=0, label="reference"))
+    return handles

@@ -1,0 +1,47 @@
+"""A whole study in seconds: two pico parents, made-up questions, a real storage."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.pico import save_pair
+
+WORDS = ("red", "green", "blue", "old", "new", "fast", "slow", "big", "tiny", "warm")
+
+
+def write_questions(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """Four-option questions of random words; nothing is to be learnt from them."""
+    draw = random.Random(seed)
+    lines = []
+    for index in range(count):
+        question = f"{index}: {' '.join(draw.choices(WORDS, k=draw.randint(2, 6)))}?"
+        lines.append({"question": question, "choices": draw.sample(WORDS, 4), "answer": draw.randrange(4)})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_study(folder: Path, *, arch: str = "llama", parents: dict[str, Any] | None = None, **keys: Any) -> Path:
+    """Writes parents, questions and study file below `folder`; `keys` replace sections of the study file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "pre").exists():
+        save_pair(folder, arch, **(parents or {}))
+        write_questions(folder / "questions.jsonl")
+    study = {
+        "schema": 1,
+        "name": "pico",
+        "parents": {"pre": "./pre", "post": "./post"},
+        "space": {"granularity": "layer", "components": ["attention", "mlp"], "low": -0.2, "high": 1.2},
+        "tasks": [{"path": "./questions.jsonl", "name": "made-up"}],
+        "objectives": ["accuracy", "ece"],
+        "sampler": {"engine": "optuna", "name": "nsga2", "seed": 0, "population": 12},
+        "trials": 6,
+        **keys,
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return path
