@@ -19,7 +19,7 @@ from objectives import calibration
 from objectives.accuracy import accuracy
 from objectives.bootstrap import checked_weights, interval, require_questions
 from objectives.outcomes import Floats, Outcomes
-from search.errors import ConfigError
+from search.errors import ConfigError, EvaluationError
 
 MAX_BINS = 1000
 

@@ -53,7 +53,7 @@ class Materials:
             questions=questions,
             space=CoefficientSpace.build(parents.names, config.space, config.merge.method),
             metrics=tuple(get_metric(name, tasks=questions.task_names) for name in config.objectives),
-            device=_device(device),
+            device=choose_device(device),
         )
 
     @property
@@ -64,24 +64,15 @@ class Materials:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Digests of what must not change during a study."""
-        groups = json.dumps([[group.name, group.tensors] for group in self.space.groups])
         return {
             "parents": self.parents.digest,
             "questions": self.questions.digest,
-            "groups": hashlib.sha256(groups.encode()).hexdigest(),
+            "groups": groups_digest(self.space),
         }
 
     def provenance(self) -> dict[str, dict[str, str | None]]:
         """Where each parent came from, what exactly it is, and under which licence its own card puts it."""
-        found: dict[str, dict[str, str | None]] = {}
-        asked = (self.config.parents.pre, self.config.parents.post)
-        both = (self.parents.pre, self.parents.post)
-        for label, where, one, revision in zip(
-            ("pre", "post"), asked, both, self.parents.revisions, strict=True
-        ):
-            licence = _licence(one.folder / "README.md")
-            found[label] = {"where": where, "revision": revision, "sha256": one.sha256(), "licence": licence}
-        return found
+        return provenance(self.config, self.parents)
 
     @cached_property
     def live(self) -> LiveModel:
@@ -111,6 +102,23 @@ class Materials:
         return self.evaluator(split).evaluate(progress)
 
 
+def groups_digest(space: CoefficientSpace) -> str:
+    """SHA-256 over the groups of a space and the tensors in them."""
+    groups = json.dumps([[group.name, group.tensors] for group in space.groups])
+    return hashlib.sha256(groups.encode()).hexdigest()
+
+
+def provenance(config: StudyConfig, parents: Parents) -> dict[str, dict[str, str | None]]:
+    """Where each parent came from, what exactly it is, and under which licence its own card puts it."""
+    found: dict[str, dict[str, str | None]] = {}
+    asked = (config.parents.pre, config.parents.post)
+    both = (parents.pre, parents.post)
+    for label, where, one, revision in zip(("pre", "post"), asked, both, parents.revisions, strict=True):
+        licence = _licence(one.folder / "README.md")
+        found[label] = {"where": where, "revision": revision, "sha256": one.sha256(), "licence": licence}
+    return found
+
+
 def _licence(card: Path) -> str | None:
     """The `license:` of a model card's front matter."""
     try:
@@ -121,7 +129,12 @@ def _licence(card: Path) -> str | None:
     return match[1] if match else None
 
 
-def _device(name: str) -> str:
+def choose_device(name: str) -> str:
+    """The device that `--device` names; `auto` is a GPU if there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
     import torch
 
     if name == "auto":

@@ -98,14 +98,7 @@ def reopen(
         StorageError: no such study. ConfigError: what lies at the places is not what the study began with.
     """
     store = StudyStore.open(url, name, **options)
-    stored = stored_config(store)
-    value = stored.to_json()
-    apply_overrides(value, overrides)
-    config = parse_study(value, f"study '{name}'")
-    changed = differences(stored, config)
-    if changed:
-        raise ConfigError(f"study '{name}': only places may be set when resuming, found {changed[0]}.")
-    materials = Materials.open(config, device)
+    materials = Materials.open(moved_config(store, overrides), device)
     _check_identity(store, materials)
     return store, materials
 
@@ -113,6 +106,22 @@ def reopen(
 def stored_config(store: StudyStore) -> StudyConfig:
     """The frozen config of a study."""
     return _stored_config(store, store.attribute("config"))
+
+
+def moved_config(store: StudyStore, overrides: Sequence[str]) -> StudyConfig:
+    """The frozen config of a study, with new places of parents and tasks.
+
+    Raises:
+        ConfigError: an override names anything else than a place.
+    """
+    stored = stored_config(store)
+    value = stored.to_json()
+    apply_overrides(value, overrides)
+    config = parse_study(value, f"study '{store.name}'")
+    changed = differences(stored, config)
+    if changed:
+        raise ConfigError(f"study '{store.name}': only places may be set when resuming, found {changed[0]}.")
+    return config
 
 
 def _stored_config(store: StudyStore, value: object) -> StudyConfig:

@@ -47,7 +47,6 @@ def test_ece_and_mce_equal_torchmetrics(seed: int, n_bins: int) -> None:
         assert function(o, n_bins=n_bins)[0] == pytest.approx(float(expected), abs=1e-6)
     confidence, correct = torch.tensor(o.confidence), torch.tensor(o.correct).long()
     expected = binary_calibration_error(confidence, correct, n_bins=n_bins, norm="l1")
-    # For a binary problem torchmetrics takes the probability of class 1, which is our confidence of "correct".
     assert cal.ece(o, n_bins=n_bins)[0] == pytest.approx(float(expected), abs=1e-6)
 
 
@@ -179,7 +178,7 @@ def test_debiased_never_exceeds_ece_and_is_not_negative() -> None:
         assert 0.0 <= cal.ece_debiased(o)[0] <= cal.ece(o)[0] + 1e-12
 
 
-FUNCTIONS = [
+FUNCTIONS: list[Callable[[Outcomes], Floats]] = [
     cal.ece,
     cal.ece_mass,
     cal.ece_debiased,
@@ -203,14 +202,14 @@ def test_degenerate_sets_give_finite_numbers(
     values = function(o)
     assert values.shape == (1,)
     gap = 1.0 - confidence if correct else confidence
-    expected = {
+    by_function: dict[Callable[[Outcomes], Floats], float] = {
         cal.brier: 2 * gap**2,
         cal.brier_top: gap**2,
         cal.nll: min(-np.log(max(1.0 - gap, 1e-12)), 27.7),
         cal.auroc: 0.5,
         accuracy: float(correct),
-    }.get(function, gap)
-    assert values[0] == pytest.approx(expected, abs=1e-12)
+    }
+    assert values[0] == pytest.approx(by_function.get(function, gap), abs=1e-12)
 
 
 def test_nll_is_cut_at_the_floor() -> None:

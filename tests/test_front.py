@@ -189,7 +189,7 @@ def test_batch_is_one_by_one(m: int) -> None:
 
 
 def _distance_to_chord(points: Floats) -> Floats:
-    """Signed distance of 2-D points (both maximised, scaled to the unit square) from the chord of the extremes."""
+    """Signed distance of 2-D points (both maximised, scaled) from the chord of the extremes."""
     unit = (points - points.min(axis=0)) / np.ptp(points, axis=0)
     start, end = unit[unit[:, 0].argmin()], unit[unit[:, 0].argmax()]
     along = end - start

@@ -107,7 +107,7 @@ def read_layout(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]], f
             if any(converter.rename_source_key(key)[1] is not None for converter in converters):
                 raise CheckpointError(
                     f"{folder}: tensor {shown(name)}: transformers fuses it with others on loading, "
-                    "which is not supported. Save the model with the transformers version installed here."
+                    "as mixtures of experts need. Such models cannot be merged yet."
                 )
             raise CheckpointError(
                 f"{folder}: tensor {shown(name)} is stored but {type(model).__name__} has no such tensor. "

