@@ -19,7 +19,7 @@ from objectives import calibration
 from objectives.accuracy import accuracy
 from objectives.bootstrap import checked_weights, interval, require_questions
 from objectives.outcomes import Floats, Outcomes
-from search.errors import ConfigError, EvaluationError
+from search.errors import ConfigError
 
 MAX_BINS = 1000
 
@@ -71,29 +71,10 @@ class Metric:
         """The metric on the questions themselves."""
         return float(self(outcomes)[0])
 
-    def estimate(
-        self, outcomes: Outcomes, weights: Floats, level: float = 0.95
-    ) -> tuple[float, float, float]:
-        """(value, low, high): the metric with its basic bootstrap interval, cut to the metric's range."""
-        value, best = self.value(outcomes), 1.0 if self.maximize else 0.0
-        bounds = (min(self.worst, best), max(self.worst, best))
-        return value, *interval(self(outcomes, weights), level, value=value, bounds=bounds)
-
-    def difference(
-        self, outcomes: Outcomes, other: Outcomes, weights: Floats, level: float = 0.95
-    ) -> tuple[float, float, float]:
-        """(value, low, high) of `outcomes` minus `other` on the same questions: paired, basic interval.
-
-        Raises:
-            EvaluationError: the two do not have the same questions in the same order.
-        """
-        same = (np.array_equal(getattr(outcomes, f), getattr(other, f)) for f in ("options", "gold", "task"))
-        if not all(same):
-            raise EvaluationError(
-                f"{self.name}: a paired difference needs the same questions in both models."
-            )
-        value = self.value(outcomes) - self.value(other)
-        return value, *interval(self(outcomes, weights) - self(other, weights), level, value=value)
+    def interval(self, value: float, samples: Floats, level: float = 0.95) -> tuple[float, float]:
+        """The basic bootstrap interval of `value` from its `(b,)` samples, cut to the metric's range."""
+        best = 1.0 if self.maximize else 0.0
+        return interval(samples, level, value=value, bounds=(min(self.worst, best), max(self.worst, best)))
 
 
 _SIMPLE: dict[str, tuple[bool, float, _Function]] = {  # name -> maximize, worst value, function

@@ -244,9 +244,7 @@ class _Computer:
             weights = self._resamples(split, outcomes)
             for metric in missing:
                 value, drawn = metric.value(outcomes), metric(outcomes, weights)
-                low, high = interval(drawn, value=value)
-                # At the edge of a metric's range rounding may put the value a hair outside its interval.
-                self._known[digest, metric.name] = (Cell(value, min(low, value), max(high, value)), drawn)
+                self._known[digest, metric.name] = (_cell(value, metric.interval(value, drawn)), drawn)
         found = {metric.name: self._known[digest, metric.name] for metric in metrics}
         return {name: cell for name, (cell, _) in found.items()}, {
             name: drawn for name, (_, drawn) in found.items()
@@ -256,6 +254,11 @@ class _Computer:
         if split not in self._weights:
             self._weights[split] = resample_weights(len(outcomes), RESAMPLES, strata=outcomes.task)
         return self._weights[split]
+
+
+def _cell(value: float, interval: tuple[float, float]) -> Cell:
+    """With few questions a basic interval of a biased metric (ECE) can leave the value out; shown, it holds it."""
+    return Cell(value, min(interval[0], value), max(interval[1], value))
 
 
 def _row(record: TrialRecord, on_front: bool, cells: Mapping[Split, Mapping[str, Cell]]) -> Row:
@@ -308,8 +311,7 @@ def _volume(
             else np.zeros(RESAMPLES)
         )
     gain = point[0] - point[1]
-    low, high = interval(drawn[0] - drawn[1], value=gain)
-    return Volume(point[0], point[1], Cell(gain, min(low, gain), max(high, gain)))
+    return Volume(point[0], point[1], _cell(gain, interval(drawn[0] - drawn[1], value=gain)))
 
 
 def _with_differences(
@@ -324,6 +326,5 @@ def _with_differences(
         found[parent] = {}
         for name, drawn in samples[row.trial].items():
             value = row.report[name].value - by_number[number].report[name].value
-            low, high = interval(drawn - samples[number][name], value=value)
-            found[parent][name] = Cell(value, min(low, value), max(high, value))
+            found[parent][name] = _cell(value, interval(drawn - samples[number][name], value=value))
     return Row(**{**row.__dict__, "against": found})

@@ -24,7 +24,7 @@ Filters = list[tuple[str, Pair]]
 
 
 def make_filters(weights: Mapping[str, Pair]) -> Filters:
-    """The fewest whole-part filters that give every tensor its own weights under mergekit's rule.
+    """Few filters of whole name parts that give every tensor its own weights under mergekit's rule.
 
     For each tensor this is the shortest dotted prefix that occurs in names of equal weights only. A name that occurs
     inside names of other weights goes whole, after those. One weight for everything needs no filter: `[("*", w)]`.
@@ -96,7 +96,9 @@ def config_text(
             lines.append(f"      weight: {number(filters[0][1][index])}")
             continue
         lines.append("      weight:")
-        lines += [f"        - {{filter: {quoted(text)}, value: {number(pair[index])}}}" for text, pair in filters]
+        lines += [
+            f"        - {{filter: {quoted(text)}, value: {number(pair[index])}}}" for text, pair in filters
+        ]
     lines += ["parameters:", "  normalize: false", "dtype: float32", f"out_dtype: {dtype}"]
     return "\n".join(lines) + "\n"
 
@@ -152,7 +154,9 @@ def place_of(where: str, revision: str | None) -> str:
 
 def natural(names: Iterable[str]) -> list[str]:
     """Sorted with layer 2 before layer 10."""
-    return sorted(names, key=lambda name: [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)])
+    return sorted(
+        names, key=lambda name: [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+    )
 
 
 def number(value: float) -> str:

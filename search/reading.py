@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,15 +30,19 @@ def read(board: Board, failed: int = 0) -> list[Remark]:
     remarks = [_gain(board, split)]
     if split == "search":
         text = (
-            "The report split is not scored yet. What follows is about the questions that steered the search, on which "
-            "the front looks better than it is."
+            "The report split is not scored yet. What follows is about the questions that steered the search, on "
+            "which the front looks better than it is."
         )
         remarks.insert(0, Remark(text, "bad"))
     else:
         remarks += [_parents(board), *_shrinkage(board)]
     remarks += [*_neighbours(board, split), *_beside(board)]
     if failed:
-        remarks.append(Remark(f"{failed} {_plural(failed, 'trial')} failed and {'is' if failed == 1 else 'are'} not shown."))
+        remarks.append(
+            Remark(
+                f"{failed} {_plural(failed, 'trial')} failed and {'is' if failed == 1 else 'are'} not shown."
+            )
+        )
     return remarks
 
 
@@ -47,7 +52,7 @@ def report_is_scored(board: Board) -> bool:
 
 
 def beats(row: Row, board: Board, parent: str, name: str) -> bool:
-    """Whether the row is better than that parent in that objective, with its whole paired interval (report split)."""
+    """Whether the row is better than that parent in that objective with its whole paired interval (report)."""
     cell = row.against.get(parent, {}).get(name)
     return cell is not None and (cell.low > 0 if dict(board.objectives)[name] else cell.high < 0)
 
@@ -55,49 +60,65 @@ def beats(row: Row, board: Board, parent: str, name: str) -> bool:
 def _gain(board: Board, split: Split) -> Remark:
     volume = board.hypervolume[split]
     n = board.questions.get(split, 0)
-    which = f"On the {n:,} questions of the {split} split" + (", which the search never saw," if split == "report" else "")
+    which = f"On the {n:,} questions of the {split} split" + (
+        ", which the search never saw," if split == "report" else ""
+    )
     numbers = (
         f"{which} the front's hypervolume is {volume.front:.4f} and the uniform line's {volume.uniform:.4f}: "
-        f"a gain of {volume.gain.value:+.4f} (95 % interval {volume.gain.low:+.4f} to {volume.gain.high:+.4f})."
+        f"a gain of {volume.gain.value:+.4f} "
+        f"(95 % interval {volume.gain.low:+.4f} to {volume.gain.high:+.4f})."
     )
     if not board.of_kind("search"):
         return Remark(f"{numbers} There are no search trials yet.")
     if volume.gain.low > 0:
-        return Remark(f"{numbers} The interval lies above zero: the search found more than the uniform line has.", "good")
+        return Remark(
+            f"{numbers} The interval lies above zero: the search found more than the uniform line has.",
+            "good",
+        )
     if volume.gain.high < 0:
-        return Remark(f"{numbers} The interval lies below zero: the uniform line is better than what was found.", "bad")
-    return Remark(f"{numbers} The interval holds zero: these questions cannot tell the search from the line.", "bad")
+        return Remark(
+            f"{numbers} The interval lies below zero: the uniform line is better than what was found.", "bad"
+        )
+    return Remark(
+        f"{numbers} The interval holds zero: these questions cannot tell the search from the line.", "bad"
+    )
 
 
 def _parents(board: Board) -> Remark:
     names = [name for name, _ in board.objectives]
     searched = [row for row in board.front if row.kind == "search"]
-    every = [row for row in searched if all(beats(row, board, p, name) for p in ("pre", "post") for name in names)]
+    every = [
+        row for row in searched if all(beats(row, board, p, name) for p in ("pre", "post") for name in names)
+    ]
     if every:
         listed = ", ".join(str(row.trial) for row in every[:6]) + (", ..." if len(every) > 6 else "")
         return Remark(
-            f"{len(every)} of the front's {len(searched)} search trials {'is' if len(every) == 1 else 'are'} better than "
-            f"both parents in every objective, beyond the paired 95 % intervals: {_plural(len(every), 'trial')} {listed}.",
+            f"{len(every)} of the front's {len(searched)} search trials {'is' if len(every) == 1 else 'are'} "
+            "better than both parents in every objective, beyond the paired 95 % intervals: "
+            f"{_plural(len(every), 'trial')} {listed}.",
             "good",
         )
     return Remark(
-        "No search trial of the front is better than both parents in every objective beyond the paired 95 % intervals: "
-        "what it shows against them is a trade."
+        "No search trial of the front is better than both parents in every objective beyond the paired "
+        "95 % intervals: what it shows against them is a trade."
     )
 
 
 def _shrinkage(board: Board) -> list[Remark]:
-    """How the front changed from the search split to the report split, next to the uniform line that nobody chose."""
+    """How the front changed from search to report split, beside the uniform line, which nobody chose."""
     searched = [row for row in board.front if row.kind == "search" and row.report]
     line = [row for row in board.uniform_line() if row.report]
     if not searched or not line:
         return []
-    said = (f"{name} {_shift(searched, name):+.4f} (line {_shift(line, name):+.4f})" for name, _ in board.objectives)
+    said = (
+        f"{name} {_shift(searched, name):+.4f} (line {_shift(line, name):+.4f})"
+        for name, _ in board.objectives
+    )
     return [
         Remark(
             "From the search split to the report split the front's search trials changed on average by "
-            f"{', '.join(said)}. Where they fare worse than the uniform line, which nobody chose, that is the winner's "
-            "curse. Quote the report split."
+            f"{', '.join(said)}. Where they fare worse than the uniform line, which nobody chose, that is "
+            "the winner's curse. Quote the report split."
         )
     ]
 
@@ -108,7 +129,7 @@ def _shift(rows: Sequence[Row], name: str) -> float:
 
 def _neighbours(board: Board, split: Split) -> list[Remark]:
     front = [row for row in board.front if row.on(split)]
-    pairs = list(zip(front[:-1], front[1:], strict=True))
+    pairs = list(pairwise(front))
     if not pairs:
         return [Remark("The front is a single point.")] if len(front) == 1 else []
     alike = sum(all(_overlap(a, b, split, name) for name, _ in board.objectives) for a, b in pairs)
@@ -116,8 +137,8 @@ def _neighbours(board: Board, split: Split) -> list[Remark]:
         return [Remark("Neighbouring points of the front differ beyond their 95 % intervals.", "good")]
     return [
         Remark(
-            f"{alike} of {len(pairs)} neighbouring pairs on the front overlap in their 95 % intervals in every objective: "
-            "read such points as one, and choose between them by other needs."
+            f"{alike} of {len(pairs)} neighbouring pairs on the front overlap in their 95 % intervals in every "
+            "objective: read such points as one, and choose between them by other needs."
         )
     ]
 
@@ -131,11 +152,19 @@ def _beside(board: Board) -> list[Remark]:
     """ECE alone can be gamed: what proper scores say about the knee."""
     knee = named_picks(board)["knee"]
     posts = board.of_kind("post")
-    names = [name for name in ("brier", "nll", "auroc") if name not in dict(board.objectives) and name in knee.report]
+    names = [
+        name
+        for name in ("brier", "nll", "auroc")
+        if name not in dict(board.objectives) and name in knee.report
+    ]
     if not names or not posts or not posts[0].report:
         return []
-    said = [f"{name} {knee.report[name].value:.3f} (post {posts[0].report[name].value:.3f})" for name in names]
-    return [Remark(f"Beside the objectives, on the report split, the knee ({knee.label}) has {', '.join(said)}.")]
+    said = [
+        f"{name} {knee.report[name].value:.3f} (post {posts[0].report[name].value:.3f})" for name in names
+    ]
+    return [
+        Remark(f"Beside the objectives, on the report split, the knee ({knee.label}) has {', '.join(said)}.")
+    ]
 
 
 def _plural(n: int, word: str) -> str:

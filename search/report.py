@@ -35,10 +35,10 @@ BESIDE = ("brier", "nll", "auroc")
 
 
 def write_report(store: StudyStore, out: Path) -> list[Path]:
-    """Writes the page, `front.json`, `front.csv` and `plots/` into a folder; returns the paths, the page first.
+    """Writes the page, `front.json`, `front.csv` and `plots/` into a folder; returns their paths, the page first.
 
-    Every file is staged beside its place and renamed, so that a kill leaves old or new files, never half ones. The
-    same study gives the same bytes.
+    Every file is staged beside its place and renamed, so that a kill leaves old or new files, never half ones.
+    The same study gives the same bytes.
 
     Raises:
         ConfigError: the parents are not scored yet. StorageError: evidence is missing.
@@ -67,13 +67,15 @@ def write_report(store: StudyStore, out: Path) -> list[Path]:
 
 
 def reliability_panels(store: StudyStore, board: Board) -> tuple[list[Panel], Split]:
-    """Answers of parents and named picks, each trial once; on the report split if all of them were scored there."""
+    """Answers of parents and named picks, each trial once; on the report split if all were scored there."""
     titles: dict[int, list[str]] = {}
     for row in board.of_kind("pre", "post"):
         titles[row.trial] = [row.label]
     picks = named_picks(board)
     names = list(picks)
-    for name in [names[0], names[-1], *names[1:-1]] if len(names) > 2 else names:  # the knee between the extremes
+    for name in (
+        [names[0], names[-1], *names[1:-1]] if len(names) > 2 else names
+    ):  # the knee between the extremes
         row = picks[name]
         titles.setdefault(row.trial, [row.label] if row.kind == "uniform" else []).append(name)
     split: Split = "report" if all(board.row(trial).report for trial in titles) else "search"
@@ -102,7 +104,9 @@ def _page(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        finalize=lambda value: (
+            printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
     )
     environment.filters["data_uri"] = _data_uri
     attributes, records = store.attributes(), store.trials()
@@ -143,7 +147,10 @@ def _commands(store: StudyStore, board: Board) -> Iterator[tuple[str, str]]:
     url = shown(store.url) if path is None else f"sqlite:///{path}"
     study = store.name + ("" if usual else f" --storage {shlex.quote(printable(url))}")
     knee: Row = named_picks(board)["knee"]
-    yield f"the knee ({knee.label}) as a checkpoint", f"mergefront export {study} --select knee --weights --out export"
+    yield (
+        f"the knee ({knee.label}) as a checkpoint",
+        f"mergefront export {study} --select knee --weights --out export",
+    )
     yield "the whole front as mergekit configs", f"mergefront export {study} --all --out export"
     yield "check an exported checkpoint against these numbers", "mergefront verify export"
     yield "search further", f"mergefront resume {study} --trials +50"
@@ -185,5 +192,7 @@ def _write(path: Path, content: bytes) -> Path:
             raise
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise DiskError(f"{path}: cannot be written ({reason}). Make room, or choose another --out.") from error
+        raise DiskError(
+            f"{path}: cannot be written ({reason}). Make room, or choose another --out."
+        ) from error
     return path

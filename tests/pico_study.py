@@ -25,7 +25,9 @@ def write_questions(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
-def write_study(folder: Path, *, arch: str = "llama", parents: dict[str, Any] | None = None, **keys: Any) -> Path:
+def write_study(
+    folder: Path, *, arch: str = "llama", parents: dict[str, Any] | None = None, **keys: Any
+) -> Path:
     """Writes parents, questions and study file below `folder`; `keys` replace sections of the study file."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "pre").exists():

@@ -20,7 +20,13 @@ from search.study import create, run
 # Children are forked from a server that has imported everything and computed nothing: no start-up, no inherited threads.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "transformers", "transformers.models.llama.modeling_llama", "tests.study_process", "search.merging.live"]
+    [
+        "torch",
+        "transformers",
+        "transformers.models.llama.modeling_llama",
+        "tests.study_process",
+        "search.merging.live",
+    ]
 )
 
 AFTER_TELL = "told"
@@ -59,7 +65,9 @@ def terminate_self() -> None:
     time.sleep(10)  # the handler raises here
 
 
-def _run(study: str, url: str, step: str, number: int, strike: Callable[[], None], options: dict[str, Any]) -> None:
+def _run(
+    study: str, url: str, step: str, number: int, strike: Callable[[], None], options: dict[str, Any]
+) -> None:
     try:
         with interruptible():
             store, materials = create(load_study_file(Path(study)), url, "cpu", **options)
@@ -69,7 +77,12 @@ def _run(study: str, url: str, step: str, number: int, strike: Callable[[], None
 
 
 def start(
-    study: Path, url: str, step: str = "", number: int = 0, strike: Callable[[], None] = kill_self, **options: Any
+    study: Path,
+    url: str,
+    step: str = "",
+    number: int = 0,
+    strike: Callable[[], None] = kill_self,
+    **options: Any,
 ) -> Any:
     """Starts a run in a child process that strikes at `step` of the first trial from `number` on."""
     process = _context.Process(target=_run, args=(str(study), url, step, number, strike, options))
@@ -90,5 +103,7 @@ def ended(process: Any, seconds: float = 120) -> int:
 def whole(url: str, name: str = "pico") -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     """What two equal studies have in common: front JSON, and every trial with recipe, state, values and tags."""
     store = StudyStore.open(url, name)
-    trials = [(t.number, t.kind, t.state, dict(t.coefficients), t.values, dict(t.tags)) for t in store.trials()]
+    trials = [
+        (t.number, t.kind, t.state, dict(t.coefficients), t.values, dict(t.tags)) for t in store.trials()
+    ]
     return read_board(store).to_json(), trials

@@ -51,7 +51,14 @@ def test_a_hub_id_is_left_alone_and_a_folder_of_that_name_is_not(tmp_path: Path)
 
 
 def test_overrides(tmp_path: Path) -> None:
-    config = load(tmp_path, GOOD, "space.high=1.2", "tasks.1.limit=9", "objectives=[accuracy, 'ece:10', nll]", "trials=7")
+    config = load(
+        tmp_path,
+        GOOD,
+        "space.high=1.2",
+        "tasks.1.limit=9",
+        "objectives=[accuracy, 'ece:10', nll]",
+        "trials=7",
+    )
     assert (config.space.high, config.tasks[1].limit, config.trials) == (1.2, 9, 7)
     assert config.objectives == ["accuracy", "ece:10", "nll"]
     assert differences(load(tmp_path, GOOD), config) == [
@@ -83,7 +90,11 @@ def test_overrides(tmp_path: Path) -> None:
         ("low: 0.0", "low: 0.2", "space.low: found 0.2: .* less than or equal to 0"),
         ("high: 1.0", "high: -1.0", "space.high: found -1.0"),
         ("high: 1.0", "high: .inf", "space.high: found inf"),
-        ("granularity: layer", "granularity: layers", "space.granularity: found 'layers', wanted uniform, layer, tensor or block:N"),
+        (
+            "granularity: layer",
+            "granularity: layers",
+            "space.granularity: found 'layers', wanted uniform, layer, tensor or block:N",
+        ),
         ("granularity: layer", "granularity: block:0", "space.granularity: found 'block:0'"),
         ("granularity: layer", "granularity: tensor", "components: do not go with granularity tensor"),
         ("[attention, mlp]", "[attention, attention]", "components: found one twice"),
@@ -168,7 +179,9 @@ def test_any_text_is_a_config_error_or_a_value(text: str) -> None:
 
 
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
-_VALUES = st.recursive(_SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3))
+_VALUES = st.recursive(
+    _SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3)
+)
 
 
 @settings(max_examples=200, deadline=1000)

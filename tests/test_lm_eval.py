@@ -19,7 +19,7 @@ datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.slow
 
 ROWS = 40
-# preset, format -> (lm-eval's task file, folder in the data package, changes where the data's columns differ)
+# preset, format -> (lm-eval's task file, folder in the data package)
 PAIRS: dict[tuple[str, str], tuple[str, str]] = {
     ("arc_easy", "continuation"): ("arc/arc_easy.yaml", "ai2_arc/ARC-Easy"),
     ("arc_challenge", "continuation"): ("arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge"),
@@ -71,7 +71,7 @@ def their_task(file: str, data: Path, folder: str, shots: int) -> Any:
     return ConfigurableTask(config=config)
 
 
-def our_questions(preset: str, form: str, data: Path, folder: str, shots: int, tmp: Path) -> tuple[Question, ...]:
+def our_questions(preset: str, form: Any, data: Path, folder: str, shots: int, tmp: Path) -> tuple[Question, ...]:
     rows = datasets.load_from_disk(str(data / folder / "validation"))
     rows.select(range(min(ROWS, len(rows)))).save_to_disk(str(tmp / "validation"))
     if (data / folder / "dev").exists():

@@ -173,23 +173,22 @@ def test_inputs_stay_as_they_are(name: str) -> None:
     np.testing.assert_array_equal(weights, before)
 
 
-def test_estimate_and_paired_difference() -> None:
+def test_an_interval_stays_in_the_range_of_its_metric() -> None:
     random = np.random.default_rng(0)
     p = random.dirichlet([2.0, 1.0, 1.0], size=200)
-    fixed = np.full(200, 3), random.integers(0, 3, 200), np.zeros(200, dtype=int)
-    one, other = Outcomes(p, *fixed), Outcomes(p**2 / (p**2).sum(axis=1, keepdims=True), *fixed)
-    weights = resample_weights(200, 200)
-    for name in ALL:
+    one = Outcomes(p, np.full(200, 3), random.integers(0, 3, 200), np.zeros(200, dtype=int))
+    weights = resample_weights(200, b=200, seed=0)
+    for name in METRIC_NAMES:
         metric = get_metric(name)
-        value, low, high = metric.estimate(one, weights)
-        assert value == metric.value(one)
-        assert min(metric.worst, 0.0) <= low <= high <= max(metric.worst, 1.0)
-        forth, back = metric.difference(one, other, weights), metric.difference(other, one, weights)
-        assert forth == pytest.approx((-back[0], -back[2], -back[1]))
-        assert metric.difference(one, one, weights) == (0.0, 0.0, 0.0)
-    assert get_metric("accuracy").difference(one, other, weights) == (0.0, 0.0, 0.0)
-    with pytest.raises(EvaluationError, match="same questions"):
-        get_metric("ece").difference(one, other.select(np.arange(199)), weights)
+        value = metric.value(one)
+        low, high = metric.interval(value, metric(one, weights))
+        assert (
+            min(metric.worst, float(metric.maximize))
+            <= low
+            <= high
+            <= max(metric.worst, float(metric.maximize))
+        )
+        assert metric.interval(value, np.full(9, value)) == (value, value)
 
 
 def test_directions() -> None:

@@ -37,7 +37,9 @@ def uninterrupted(study: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
-def test_killed_at_every_step_it_ends_with_the_same_front(study: Path, uninterrupted: str, tmp_path: Path) -> None:
+def test_killed_at_every_step_it_ends_with_the_same_front(
+    study: Path, uninterrupted: str, tmp_path: Path
+) -> None:
     url = url_of(tmp_path)
     # The first kill hits a baseline, the others search trials, the last one the report split.
     for index, step in enumerate(STEPS):
@@ -47,7 +49,9 @@ def test_killed_at_every_step_it_ends_with_the_same_front(study: Path, uninterru
     trials = StudyStore.open(url, "pico").trials()
     assert [t.number for t in trials] == list(range(TOTAL))
     assert all(t.state == "complete" for t in trials)
-    assert sum(int(t.attributes["tries"]) - 1 for t in trials) == len(STEPS) - 1  # after the tell nothing is open
+    assert (
+        sum(int(t.attributes["tries"]) - 1 for t in trials) == len(STEPS) - 1
+    )  # after the tell nothing is open
     with sqlite3.connect(tmp_path / "study.db") as database:
         assert database.execute("pragma integrity_check").fetchone() == ("ok",)
 
@@ -148,5 +152,3 @@ def test_changed_parents_and_questions_are_noticed_and_moved_ones_are_not(
     questions.write_text(questions.read_text().replace("red", "rot"))
     with pytest.raises(ConfigError, match="questions changed since it began"):
         reopen(uninterrupted, "pico", "cpu", [f"tasks.0.path={questions}"])
-
-

@@ -98,7 +98,9 @@ def test_given_back_and_orphaned_trials_are_adopted_first_come(url: str) -> None
     assert (adopted.number, adopted.attributes["tries"]) == (first, 2)
 
 
-def test_a_remote_worker_is_dead_after_silence_by_this_clock(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_worker_is_dead_after_silence_by_this_clock(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = StudyStore.create(url, "s", OBJECTIVES, grace=10.0)
     store.set_attribute("config", {"any": 1})
     number = claim(store)
@@ -168,7 +170,9 @@ with exclusive({url!r}):
     sys.stdin.read(1)
     os._exit(9)
 """
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
     got: list[float] = []
@@ -251,9 +255,13 @@ def test_a_full_database_is_named_and_can_go_on_later(url: str, tmp_path: Path) 
     engine = store._storage._backend.engine  # type: ignore[attr-defined]
     engine.dispose()
     sqlalchemy.event.listen(engine, "connect", limit)
-    with pytest.raises(DiskError, match=r"study.db: no space left on the disk. Finished trials are safe"):
+
+    def fill() -> None:
         for index in range(2000):
             claim(store, **{f"group.{index}.{j}": 0.5 for j in range(20)})
+
+    with pytest.raises(DiskError, match=r"study\.db: no space left on the disk\. Finished trials are safe"):
+        fill()
     with sqlite3.connect(tmp_path / "study.db") as database:
         assert database.execute("pragma integrity_check").fetchone() == ("ok",)
     database.close()

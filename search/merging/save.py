@@ -58,7 +58,11 @@ def save_checkpoint(
     """
     shards = _shards(parents, list(weights), dtype, shard_bytes)
     single = len(shards) == 1
-    files = [SINGLE] if single else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = (
+        [SINGLE]
+        if single
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, names in zip(files, shards, strict=True):
         _write_shard(parents, weights, names, dtype, folder / file)
     if not single:
@@ -77,7 +81,9 @@ def save_checkpoint(
 def size_of(parents: Parents, dtype: torch.dtype) -> int:
     """About how many bytes `save_checkpoint` needs; never less than it writes."""
     extra = sum(
-        (parents.post.folder / name).stat().st_size for name in TAGALONG if (parents.post.folder / name).is_file()
+        (parents.post.folder / name).stat().st_size
+        for name in TAGALONG
+        if (parents.post.folder / name).is_file()
     )
     headers = sum(len(name) + 200 for name in parents.names) * 2
     return parents.parameters * dtype.itemsize + extra + headers + 2**16
@@ -100,7 +106,9 @@ def check_saved(folder: Path, parents: Parents, dtype: torch.dtype) -> Checkpoin
     saved = Checkpoint.open(folder)
     shapes = {name: saved.shape(name) for name in saved.names}
     if shapes != {name: parents.post.shape(name) for name in parents.names}:
-        odd = sorted(set(shapes) ^ set(parents.names)) or [n for n in shapes if shapes[n] != parents.post.shape(n)]
+        odd = sorted(set(shapes) ^ set(parents.names)) or [
+            n for n in shapes if shapes[n] != parents.post.shape(n)
+        ]
         raise CheckpointError(f"{folder}: tensor {shown(odd[0])} is not stored as the parents have it.")
     for name in saved.names:
         if saved.dtype(name) != dtype:
@@ -125,7 +133,11 @@ def _shards(parents: Parents, names: Sequence[str], dtype: torch.dtype, limit: i
 
 
 def _write_shard(
-    parents: Parents, weights: Mapping[str, tuple[float, float]], names: Sequence[str], dtype: torch.dtype, path: Path
+    parents: Parents,
+    weights: Mapping[str, tuple[float, float]],
+    names: Sequence[str],
+    dtype: torch.dtype,
+    path: Path,
 ) -> None:
     # Not `safetensors.save_file`: that needs the whole shard in memory, and hides the errno of a full disk.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

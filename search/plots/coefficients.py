@@ -1,14 +1,15 @@
-"""What was found: the coefficients of the picks, by depth and component, from `pre` (blue) to `post` (vermilion)."""
+"""What was found: the coefficients of the picks by depth and component, from `pre` (blue) to `post` (red)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -16,18 +17,17 @@ from search.board import Board, Row
 from search.config import SpaceConfig
 from search.errors import ConfigError
 from search.picks import named_picks
-from search.plots.style import COLUMN, INK, POST, PRE, QUIET, caption, caption_height, drawn, label
+from search.plots.style import COLUMN, INK, POST, PRE, QUIET, canvas, caption, caption_height, drawn, label
 from search.space import CoefficientSpace, layer_of_group
 
 _SHORT = {"embeddings": "emb", "final_norm": "norm", "head": "head", "all": "all tensors", "other": "other"}
 _BEFORE = ("embeddings",)  # drawn left of the layers, the other groups outside the layers right of them
 _ROW_HEIGHT = 0.24
-_GAP = 0.3  # between the layers and what lies outside them, in cells
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Colours of coefficients: 0 has the colour of `pre`, 1 that of `post`, 0.5 is white, beyond is darker."""
+    """Colours of coefficients: 0 has that of `pre`, 1 that of `post`, 0.5 is white, beyond is darker."""
 
     norm: Normalize
     colours: LinearSegmentedColormap
@@ -45,15 +45,16 @@ class Scale:
         return self.colours(float(self.norm(value)))
 
 
-def _mixed(colour: str, reach: float) -> tuple[float, ...]:
+def _mixed(colour: str, reach: float) -> str:
     """The colour darkened the more, the farther the scale goes beyond the parents."""
     share = max(0.35, 0.5 / reach)
-    return tuple(share * part for part in to_rgb(colour))
+    red, green, blue = to_rgb(colour)
+    return to_hex((share * red, share * green, share * blue))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Coefficients of one recipe by place: `layers` are (depth, component, name of the column, coefficient)."""
+    """Coefficients of one recipe by place; `layers` are (depth, component, column name, coefficient)."""
 
     layers: tuple[tuple[float, str, str, float], ...]
     outside: tuple[tuple[str, float], ...]
@@ -72,9 +73,9 @@ class Grid:
 def coefficient_grid(coefficients: Mapping[str, float]) -> Grid:
     """Where each coefficient of a recipe belongs in a picture by layer.
 
-    Groups of a layer or block have a cell of their own. With one coefficient per tensor (granularity `tensor`) a cell is
-    the mean over the tensors of one layer and component, each tensor counting once; tensors whose place is unknown are
-    averaged as `other`.
+    Groups of a layer or block have a cell of their own. With one coefficient per tensor (granularity `tensor`) a
+    cell is the mean over the tensors of one layer and component, each tensor counting once; tensors whose place is
+    unknown are averaged as `other`.
 
     >>> coefficient_grid({"layer.0.mlp": 0.25, "head": 1.0}).layers
     ((0.0, 'mlp', '0', 0.25),)
@@ -107,7 +108,8 @@ def _means(coefficients: Mapping[str, float]) -> dict[str, float]:
         except ConfigError:
             continue
     means = {
-        group.name: float(np.mean([coefficients[tensor] for tensor in group.tensors])) for group in grouped(placed).groups
+        group.name: float(np.mean([coefficients[tensor] for tensor in group.tensors]))
+        for group in grouped(placed).groups
     }
     other = [value for name, value in coefficients.items() if name not in set(placed)]
     return {**means, "other": float(np.mean(other))} if other else means
@@ -115,7 +117,7 @@ def _means(coefficients: Mapping[str, float]) -> dict[str, float]:
 
 @drawn
 def coefficients_figure(board: Board) -> Figure:
-    """A heat map a pick: depth from left to right, a row a component; white is halfway between the parents."""
+    """A heat map a pick: depth from left to right, a row a component; white is halfway between parents."""
     picks: dict[int, tuple[list[str], Row]] = {}
     for name, row in named_picks(board).items():
         picks.setdefault(row.trial, ([], row))[0].append(name)
@@ -129,31 +131,42 @@ def coefficients_figure(board: Board) -> Figure:
     below = caption_height(text, width)
     panel = _ROW_HEIGHT * max(len(first.components), 1) + 0.34
     height = panel * len(grids) + 0.66 + below
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - below / height), hspace=0.02)  # type: ignore[union-attr]
+    figure = canvas(width, height, below)
     panels = figure.subplots(len(grids), 1, squeeze=False)[:, 0]
-    values = [value for grid in grids.values() for value in (*(c[3] for c in grid.layers), *(v for _, v in grid.outside))]
+    values = [
+        value
+        for grid in grids.values()
+        for value in (*(c[3] for c in grid.layers), *(v for _, v in grid.outside))
+    ]
     scale = Scale.over(values)
     for axes, (trial, (names, row)) in zip(panels, picks.items(), strict=True):
         mean = float(np.mean(list(row.coefficients.values())))
         axes.set_title(label(f"{', '.join(names)}: {row.label}", 46), fontsize=7.5, pad=3)
         axes.set_title(f"mean {mean:.2f}", loc="right", fontsize=6.5, fontweight="normal", color=QUIET, pad=3)
-        _draw(axes, grids[trial], scale, numbers=cells <= 8, bottom=axes is panels[-1])
+        _draw(axes, grids[trial], scale, numbers=cells <= 8, bottom=axes is panels[-1], inches=width - 0.6)
     bar = figure.colorbar(
-        ScalarMappable(scale.norm, scale.colours), ax=list(panels), location="bottom", aspect=45, pad=0.02, fraction=0.05
+        ScalarMappable(scale.norm, scale.colours),
+        ax=list(panels),
+        location="bottom",
+        aspect=45,
+        pad=0.02,
+        fraction=0.05,
     )
     ticks = [0.0, 0.5, 1.0]
     bar.set_ticks(ticks, labels=["0  pre", "0.5", "post  1"])
-    bar.outline.set_linewidth(0.4)  # type: ignore[operator]
+    bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(length=2, labelsize=6.5)
     caption(figure, text)
     return figure
 
 
-def _draw(axes: Axes, grid: Grid, scale: Scale, *, numbers: bool, bottom: bool) -> None:
+def _draw(axes: Axes, grid: Grid, scale: Scale, *, numbers: bool, bottom: bool, inches: float) -> None:
     components = grid.components or ("",)
     rows = len(components)
+    cells = len(grid.columns) + len(grid.outside)
+    gap = max(0.3, 0.012 * cells)  # between the layers and what lies outside them, in cells
     ticks: list[tuple[float, str]] = []
+    across: list[tuple[float, str]] = []
 
     def cell(x: float, y: float, height: float, value: float) -> None:
         colour = scale(value)
@@ -161,31 +174,44 @@ def _draw(axes: Axes, grid: Grid, scale: Scale, *, numbers: bool, bottom: bool) 
         if numbers:
             dark = sum(w * c for w, c in zip((0.299, 0.587, 0.114), colour, strict=False)) < 0.5
             axes.text(
-                x + 0.5, y + height / 2, f"{value:.2f}".replace("-", "\u2212"), ha="center", va="center", fontsize=6,
+                x + 0.5,
+                y + height / 2,
+                f"{value:.2f}".replace("-", "\u2212"),
+                ha="center",
+                va="center",
+                fontsize=6,
                 color="white" if dark else INK,
-            )  # fmt: skip
+            )
 
     def beside(names: Sequence[tuple[str, float]], x: float) -> float:
         for name, value in names:
             cell(x, 0, rows, value)
-            ticks.append((x + 0.5, _SHORT.get(name, name)))
-            x += 1 + _GAP
+            across.append((x + 0.5, _SHORT.get(name, name)))
+            x += 1 + gap
         return x
 
     left = beside([pair for pair in grid.outside if pair[0] in _BEFORE], 0.0)
     start = {depth: left + index for index, (depth, _) in enumerate(grid.columns)}
     for depth, component, _, value in grid.layers:
         cell(start[depth], rows - 1 - components.index(component), 1, value)
-    every = max(1, -(-len(start) // 12))
+    letters = max((len(name) for _, name in grid.columns), default=1)
+    every = math.ceil((0.05 * letters + 0.04) * cells / inches)
     ticks += [(start[depth] + 0.5, name) for i, (depth, name) in enumerate(grid.columns) if i % every == 0]
-    right = left + len(start) + (_GAP if start else 0.0)
-    right = beside([pair for pair in grid.outside if pair[0] not in _BEFORE], right) - _GAP
+    right = left + len(start) + (gap if start else 0.0)
+    right = beside([pair for pair in grid.outside if pair[0] not in _BEFORE], right) - gap
     axes.set_xlim(0, right)
     axes.set_ylim(0, rows)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_yticks([rows - 0.5 - i for i in range(rows)], [label(c) for c in components] if grid.components else [""])
-    axes.set_xticks([t for t, _ in ticks], [label(n, 12) for _, n in ticks] if bottom else [])
-    if bottom and grid.layers:
+    axes.set_yticks(
+        [rows - 0.5 - i for i in range(rows)], [label(c) for c in components] if grid.components else [""]
+    )
+    if not bottom:
+        axes.set_xticks([])
+        return
+    axes.set_xticks([t for t, _ in (*ticks, *across)], [label(n, 12) for _, n in (*ticks, *across)])
+    for text in axes.get_xticklabels()[len(ticks) :] if cells > 10 else ():
+        text.set(rotation=90, fontsize=5.5)
+    if grid.layers:
         axes.set_xlabel("layer, from the input to the output", labelpad=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 from search.board import SPLITS, Board, Row, Split
 from search.front import non_dominated
 from search.picks import named_picks
+from search.plots.single import draw_one_objective
 from search.plots.style import (
     COLUMN,
     FAINT,
     FRONT,
+    HALO,
     INK,
     KNEE,
-    POST,
-    PRE,
+    PARENTS,
     QUIET,
     SHADE,
     axis_label,
+    canvas,
     caption,
     caption_height,
     drawn,
@@ -38,39 +39,37 @@ Floats = npt.NDArray[np.float64]
 
 _PANEL_HEIGHT = 2.75
 _MANY = 1500  # dots from which on the SVG holds them as a bitmap
-_PARENTS = {"pre": PRE, "post": POST}
 _GAIN = "#C9EADF"  # the front's green on white
-_HALO = [withStroke(linewidth=2.2, foreground="white")]
 
 
 @drawn
 def front_figure(board: Board, splits: Sequence[Split], setting: str = "") -> Figure:
-    """A column of panels per split, a row per pair of the first three objectives; all panels share their limits.
+    """A column of panels per split, a row per pair of the first three objectives, with common limits.
 
     Dominated trials are grey, the front is green with its attainment staircase, parents and uniform line are
-    diamonds, a star marks the knee, bars are 95 % intervals. With two objectives the areas up to the reference point
-    are filled: what the uniform line dominates in grey, what the front adds in green. With one objective the x axis
-    is the trial's number.
+    diamonds, a star marks the knee, bars are 95 % intervals. With two objectives the areas up to the
+    reference point are filled: what the uniform line dominates in grey, what the front adds in green. With one
+    objective the x axis is the trial's number.
 
     Args:
         setting: how the trials were proposed, for the caption, such as `optuna tpe, seed 0`.
     """
     pairs = list(combinations(range(min(len(board.objectives), 3)), 2))
-    rows, width = max(len(pairs), 1), COLUMN * len(splits)
+    drawings: list[tuple[int, int] | None] = [*pairs] or [None]
+    rows, width = len(drawings), COLUMN * len(splits)
     text = _caption(board, splits, setting)
     columns = 6 if len(splits) > 1 else 3
     below = caption_height(text, width) + (0.2 if columns == 6 or not pairs else 0.34)
     height = _PANEL_HEIGHT * rows + below + 0.08
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - below / height), wspace=0.04)  # type: ignore[union-attr]
+    figure = canvas(width, height, below)
     panels = figure.subplots(rows, len(splits), squeeze=False)
     for column, split in enumerate(splits):
         scored = any(row.on(split) for row in board.rows)
-        for panel, pair in zip(panels[:, column], pairs or [None], strict=True):
+        for panel, pair in zip(panels[:, column], drawings, strict=True):
             if not scored:
-                said(panel, f"The {split} split is scored\nwhen the search is complete.")
+                said(panel, f"The {split} split is scored", "when the search is complete.")
             elif pair is None:
-                _draw_one_objective(panel, board, split)
+                draw_one_objective(panel, board, split)
             else:
                 _Panel(panel, board, split, pair).draw(first=column == 0)
         questions = f"{board.questions.get(split, 0):,}{' unseen' if split == 'report' else ''} questions"
@@ -91,8 +90,8 @@ def front_figure(board: Board, splits: Sequence[Split], setting: str = "") -> Fi
 def staircase(points: npt.ArrayLike, limit: npt.ArrayLike, *, maximise: Sequence[bool]) -> Floats:
     """Corners `(k, 2)` of the attainment surface of `(n, 2)` points, drawn out to `limit` on the bad side.
 
-    All that lies on its bad side is dominated by one of the points. Dominated points do not change it; no points
-    give no corners.
+    All that lies on its bad side is dominated by one of the points. Dominated points do not change it; no
+    points give no corners.
 
     >>> staircase([[1.0, 1.0], [2.0, 3.0]], [0.0, 9.0], maximise=(True, False)).tolist()
     [[2.0, 9.0], [2.0, 3.0], [1.0, 3.0], [1.0, 1.0], [0.0, 1.0]]
@@ -104,7 +103,7 @@ def staircase(points: npt.ArrayLike, limit: npt.ArrayLike, *, maximise: Sequence
         return np.empty((0, 2))
     end = np.asarray(limit, dtype=np.float64) * sign
     corners = [[loss[0, 0], max(end[1], loss[0, 1])], loss[0].tolist()]
-    for before, here in zip(loss[:-1], loss[1:], strict=True):
+    for before, here in pairwise(loss):
         corners += [[here[0], before[1]], here.tolist()]
     corners.append([max(end[0], loss[-1, 0]), loss[-1, 1]])
     return np.array(corners) * sign + 0.0
@@ -141,7 +140,8 @@ class _Panel:
         self._stairs(front)
         self._uniform_line(line)
         for row in front:
-            self._bars(row, FRONT, alpha=0.4)
+            if row.kind not in PARENTS:
+                self._bars(row, FRONT, alpha=0.4)
         found = self._points([row for row in front if row.kind == "search"])
         self.axes.plot(*found.T, "o", color=FRONT, ms=4.2, mec="white", mew=0.5, zorder=6)
         knee = named_picks(self.board)["knee"]
@@ -173,11 +173,15 @@ class _Panel:
         for row, (x, y) in zip(line, points, strict=True):
             ring = FRONT if row.front else INK
             if row.kind == "uniform":
-                self.axes.plot(x, y, "D", color="white", ms=3.2, mec=ring, mew=1.1 if row.front else 0.7, zorder=5)
+                self.axes.plot(
+                    x, y, "D", color="white", ms=3.2, mec=ring, mew=1.1 if row.front else 0.7, zorder=5
+                )
                 continue
-            colour = _PARENTS[row.kind]
+            colour = PARENTS[row.kind]
             self._bars(row, colour, alpha=0.8)
-            self.axes.plot(x, y, "D", color=colour, ms=5.6, mec=FRONT if row.front else "white", mew=0.9, zorder=8)
+            self.axes.plot(
+                x, y, "D", color=colour, ms=5.6, mec=FRONT if row.front else "white", mew=0.9, zorder=8
+            )
             self._name(row.kind, (x, y), points.mean(axis=0))
 
     def _name(self, kind: str, point: tuple[float, float], middle: Floats) -> None:
@@ -190,54 +194,31 @@ class _Panel:
             textcoords="offset points",
             ha="left" if right else "right",
             va="bottom" if up else "top",
-            color=_PARENTS[kind],
+            color=PARENTS[kind],
             fontweight="bold",
             fontsize=8,
             zorder=10,
-            path_effects=_HALO,
+            path_effects=HALO,
         )
 
     def _bars(self, row: Row, colour: str, alpha: float) -> None:
         across, up = (row.on(self.split)[name] for name in self.names)
-        style: dict[str, Any] = {"color": colour, "alpha": alpha, "lw": 0.7, "zorder": 3.5, "solid_capstyle": "butt"}
+        style: dict[str, Any] = {
+            "color": colour,
+            "alpha": alpha,
+            "lw": 0.7,
+            "zorder": 3.5,
+            "solid_capstyle": "butt",
+        }
         self.axes.plot([across.low, across.high], [up.value] * 2, **style)
         self.axes.plot([across.value] * 2, [up.low, up.high], **style)
-
-
-def _draw_one_objective(axes: Axes, board: Board, split: Split) -> None:
-    """Value over the trial's number: with one objective the front is the best value."""
-    name, maximize = board.objectives[0]
-    best = named_picks(board)["knee"].trial
-    for row in board.rows:
-        cell = row.on(split).get(name)
-        if cell is None:
-            continue
-        colour = _PARENTS.get(row.kind, FAINT if row.kind == "search" else "white")
-        colour = FRONT if row.front and row.kind == "search" else colour
-        marker, edge = ("o", "white") if row.kind == "search" else ("D", FRONT if row.front else INK)
-        if row.front or row.kind in _PARENTS:
-            axes.plot([row.trial] * 2, [cell.low, cell.high], color=_PARENTS.get(row.kind, FRONT), lw=0.8, zorder=3)
-        size = 5.0 if row.front or row.kind in _PARENTS else 3.2
-        axes.plot(row.trial, cell.value, marker, color=colour, mec=edge, mew=0.6, ms=size, zorder=4)
-        if row.kind in _PARENTS:
-            axes.axhline(cell.value, color=colour, lw=0.6, ls=(0, (4, 2)), zorder=1)
-            axes.annotate(
-                row.kind, (1.0, cell.value), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right",
-                textcoords="offset points", color=colour, fontweight="bold", path_effects=_HALO, zorder=10,
-            )  # fmt: skip
-        if row.trial == best:
-            axes.plot(row.trial, cell.value, "*", color=KNEE, ms=9.5, mec=INK, mew=0.6, zorder=9)
-    axes.margins(0.06, 0.12)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("trial")
-    axes.set_ylabel(axis_label(name, maximize))
 
 
 def _limits(board: Board, name: str) -> tuple[float, float]:
     """Limits of an objective's axis, the same on both splits so that these can be compared.
 
-    Front, baselines, their intervals and the reference are inside; dominated trials only as far as half of that again
-    on either side, so that one bad merge does not squeeze everything else.
+    Front, baselines, their intervals and the reference are inside; dominated trials only as far as half of that
+    again on either side, so that one bad merge does not squeeze everything else.
     """
     cells = [(row, row.on(split)[name]) for row in board.rows for split in SPLITS if row.on(split)]
     core = [board.reference[name]]
@@ -253,7 +234,9 @@ def _limits(board: Board, name: str) -> tuple[float, float]:
 
 def _caption(board: Board, splits: Sequence[Split], setting: str) -> str:
     text = f"{board.study}: {len(board.rows)} trials, {len(board.of_kind('search'))} from the search"
-    text += f"{f' ({setting})' if setting else ''}; {len(board.front)} on the front, chosen on the search split. "
+    text += (
+        f"{f' ({setting})' if setting else ''}; {len(board.front)} on the front, chosen on the search split. "
+    )
     if len(board.objectives) > 2:
         text += f"Pairs of the first 3 of {len(board.objectives)} objectives; the front is that of all. "
     volumes = [
@@ -262,7 +245,9 @@ def _caption(board: Board, splits: Sequence[Split], setting: str) -> str:
         if any(row.on(split) for row in board.rows)
     ]
     corner = ", ".join(f"{name} {value:.3f}" for name, value in board.reference.items())
-    text += f"Hypervolume, front vs uniform line: {', '.join(volumes)}; reference {corner}. " if volumes else ""
+    text += (
+        f"Hypervolume, front vs uniform line: {', '.join(volumes)}; reference {corner}. " if volumes else ""
+    )
     text += "Bars: 95 % bootstrap intervals."
     outside = _outside(board, splits) if len(board.objectives) > 1 else 0
     return f"{text} Not shown: {outside} dominated trials outside the frame." if outside else text
@@ -282,8 +267,21 @@ def _outside(board: Board, splits: Sequence[Split]) -> int:
 
 def _legend(objectives: int) -> list[Line2D | Patch]:
     one = objectives == 1
-    front = Line2D([], [], color=FRONT, marker="o", ms=4.2, mec="white", mew=0.5, lw=0 if one else 1.3, label="front")
-    line = Line2D([], [], color=INK, marker="D", ms=3.2, mfc="white", mew=0.7, lw=0.8, ls=":", label="uniform line")
+    front = Line2D(
+        [], [], color=FRONT, marker="o", ms=4.2, mec="white", mew=0.5, lw=0 if one else 1.3, label="front"
+    )
+    line = Line2D(
+        [],
+        [],
+        color=INK,
+        marker="D",
+        ms=3.2,
+        mfc="white",
+        mew=0.7,
+        lw=0 if one else 0.8,
+        ls=":",
+        label="uniform line",
+    )
     handles: list[Line2D | Patch] = [
         front,
         Line2D([], [], color=KNEE, marker="*", ms=8, mec=INK, mew=0.6, lw=0, label="best" if one else "knee"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
@@ -15,9 +17,11 @@ from search.plots.style import (
     QUIET,
     SHADE,
     axis_label,
+    canvas,
     caption,
     caption_height,
     drawn,
+    whole_numbers,
 )
 
 
@@ -31,14 +35,16 @@ def hypervolumes(board: Board) -> npt.NDArray[np.float64]:
         more = np.vstack([kept, point])
         front = non_dominated(more, maximise=board.maximize)
         # A trial that the front so far dominates changes nothing, and most do not.
-        volumes.append(hypervolume(more[front], reference, maximise=board.maximize) if front[-1] else volumes[-1])
+        volumes.append(
+            hypervolume(more[front], reference, maximise=board.maximize) if front[-1] else volumes[-1]
+        )
         kept = more[front]
     return np.array(volumes)
 
 
 @drawn
 def hypervolume_figure(board: Board, setting: str = "") -> Figure:
-    """Hypervolume of all trials so far, with the uniform line's as the mark to pass and the baselines shaded."""
+    """Hypervolume of the trials so far; the uniform line's is the mark to pass, the baselines are shaded."""
     corner = ", ".join(f"{name} {value:.3f}" for name, value in board.reference.items())
     text = (
         f"{board.study}: search split, {board.questions.get('search', 0):,} questions; reference {corner}"
@@ -46,8 +52,7 @@ def hypervolume_figure(board: Board, setting: str = "") -> Figure:
     )
     below = caption_height(text, COLUMN)
     height = 2.2 + below
-    figure = Figure(figsize=(COLUMN, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - below / height))  # type: ignore[union-attr]
+    figure = canvas(COLUMN, height, below)
     axes = figure.subplots()
     volumes = hypervolumes(board)
     trials = np.array([row.trial for row in board.rows])
@@ -61,23 +66,45 @@ def hypervolume_figure(board: Board, setting: str = "") -> Figure:
     last = int(trials.max(initial=0))
     axes.set_xlim(-0.5, max(last, baselines) + 0.5)
     top = max(float(volumes.max(initial=0.0)), line)
-    axes.set_ylim(0.0, top * 1.12 if top > 0 else 1.0)
-    inside = {"fontsize": 6.5, "color": QUIET, "zorder": 5}
-    ratio = f" ({volumes[-1] / line:.2f} times)" if line > 0 else ""
+    axes.set_ylim(*((0.0, top * 1.12) if top > 0 else (-0.2, 1.0)))
+    inside: dict[str, Any] = {"fontsize": 6.5, "color": QUIET, "zorder": 5}
+    ratio = f" ({volumes[-1] / line:.2f} times)" if line > 0 and board.of_kind("search") else ""
     axes.annotate(
-        f"uniform line {line:.4f}", (1.0, line), xycoords=("axes fraction", "data"), xytext=(-2, -3),
-        textcoords="offset points", ha="right", va="top", **inside,
-    )  # fmt: skip
+        f"uniform line {line:.4f}",
+        (1.0, line),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, -3),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        **inside,
+    )
     axes.annotate(
-        f"front {volumes[-1]:.4f}{ratio}", (1.0, volumes[-1]), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-        textcoords="offset points", ha="right", va="bottom", fontsize=6.5, color=FRONT, fontweight="bold", zorder=5,
-    )  # fmt: skip
+        f"front {volumes[-1]:.4f}{ratio}",
+        (1.0, volumes[-1]),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=6.5,
+        color=FRONT,
+        fontweight="bold",
+        zorder=5,
+    )
     if last > baselines:
         axes.annotate(
-            "baselines", (baselines / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, -3),
-            textcoords="offset points", ha="center", va="top", rotation=90 if last > 5 * baselines else 0, **inside,
-        )  # fmt: skip
-    axes.xaxis.get_major_locator().set_params(integer=True)
+            "baselines",
+            (baselines / 2, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -3),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            rotation=90 if last > 5 * baselines else 0,
+            **inside,
+        )
+    whole_numbers(axes)
     axes.set_xlabel("trial")
     axes.set_ylabel(axis_label("hypervolume", maximize=True))
     axes.set_title("Hypervolume over trials")

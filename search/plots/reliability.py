@@ -1,6 +1,6 @@
 """Reliability diagrams (Guo et al. 2017, "On Calibration of Modern Neural Networks"), as small multiples.
 
-Above, how often each confidence is claimed; below, how often it is earned. Any number of models can stand side by side.
+Above, how often each confidence is claimed; below, how often it is earned. Any number of models, side by side.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from objectives.calibration import N_BINS, ReliabilityBins, ece, reliability_bins
 from objectives.outcomes import Outcomes
@@ -59,8 +60,8 @@ def reliability_figure(
     rows = -(-count // per_row)
     width = (0.75 if bare else 1) * COLUMN if count == 1 else 2 * COLUMN  # smaller: larger letters on a page
     text = (
-        f"{f'{where}. ' if where else ''}{n_bins} equal-width bins. Error bars: 95 % binomial (Wilson) intervals of a "
-        f"bin's accuracy. Bins with fewer than {FEW} questions are faded."
+        f"{f'{where}. ' if where else ''}{n_bins} equal-width bins. Error bars: 95 % binomial (Wilson) "
+        f"intervals of a bin's accuracy. Bins with fewer than {FEW} questions are faded."
     )
     # Placed by hand, in inches: both parts of a panel have one width, and the lower one is square.
     side = (width - _LEFT - _RIGHT - _BETWEEN * (per_row - 1)) / per_row
@@ -125,7 +126,9 @@ def _shares(panel: Panel, n_bins: int) -> Floats:
 def _histogram(axes: Axes, panel: Panel, n_bins: int, tallest: float, *, first: bool) -> None:
     axes.set_title(label(panel.title, 32), fontsize=7.5)
     middle = (np.arange(n_bins) + 0.5) / n_bins
-    axes.bar(middle, 100 * _shares(panel, n_bins), width=1 / n_bins, color="#9AA0A6", edgecolor="white", lw=0.4)
+    axes.bar(
+        middle, 100 * _shares(panel, n_bins), width=1 / n_bins, color="#9AA0A6", edgecolor="white", lw=0.4
+    )
     if len(panel.outcomes):
         axes.axvline(float(panel.outcomes.correct.mean()), color=INK, lw=0.9, ls="--")
         axes.axvline(float(panel.outcomes.confidence.mean()), color=POST, lw=0.9, ls="--")
@@ -133,7 +136,7 @@ def _histogram(axes: Axes, panel: Panel, n_bins: int, tallest: float, *, first: 
     axes.set_ylim(0, 100 * tallest * 1.08 or 1.0)
     axes.set_xticks(_TICKS, [])
     axes.grid(visible=False, axis="x")
-    axes.yaxis.get_major_locator().set_params(nbins=3)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
     if first:
         axes.set_ylabel("% of questions")
         axes.yaxis.set_label_coords(-0.32 / _side(axes), 0.5)
@@ -164,9 +167,16 @@ def _diagram(axes: Axes, panel: Panel, n_bins: int, *, first: bool) -> None:
         _bars(axes, bins, np.flatnonzero((bins.count > 0) & ((bins.count < FEW) == faded)), faded=faded)
     value = float(ece(panel.outcomes, n_bins=n_bins)[0])
     axes.text(
-        0.035, 0.965, f"ECE = {value:.3f} ({n_bins} bins)\nn = {len(panel.outcomes):,}", va="top", ha="left",
-        fontsize=6.5, linespacing=1.35, zorder=8, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
-    )  # fmt: skip
+        0.035,
+        0.965,
+        f"ECE = {value:.3f} ({n_bins} bins)\nn = {len(panel.outcomes):,}",
+        va="top",
+        ha="left",
+        fontsize=6.5,
+        linespacing=1.35,
+        zorder=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+    )
 
 
 def _bars(axes: Axes, bins: ReliabilityBins, index: npt.NDArray[np.intp], *, faded: bool) -> None:
@@ -175,15 +185,31 @@ def _bars(axes: Axes, bins: ReliabilityBins, index: npt.NDArray[np.intp], *, fad
     alpha = 0.3 if faded else 1.0
     axes.bar(middle, accuracy, width, color=PRE, edgecolor=INK, lw=0.4, alpha=alpha, zorder=2)
     gap, bottom = np.abs(confidence - accuracy), np.minimum(confidence, accuracy)
-    # White below the gap: it has one colour, whether it lies on top of the bar or (under-confident) inside it.
+    # White below the gap: one colour, whether it lies on top of the bar or (under-confident) inside it.
     axes.bar(middle, gap, width, bottom=bottom, color="white", lw=0, zorder=2.4)
     axes.bar(
-        middle, gap, width, bottom=bottom, facecolor=_GAP_COLOUR, edgecolor=POST, hatch="////", lw=0.4, alpha=alpha,
+        middle,
+        gap,
+        width,
+        bottom=bottom,
+        facecolor=_GAP_COLOUR,
+        edgecolor=POST,
+        hatch="////",
+        lw=0.4,
+        alpha=alpha,
         zorder=2.5,
-    )  # fmt: skip
+    )
     axes.hlines(accuracy, middle - width / 2, middle + width / 2, color=INK, lw=1.1, alpha=alpha, zorder=3)
     low, high = wilson(accuracy * count, count)
     axes.errorbar(
-        middle, accuracy, yerr=np.maximum([accuracy - low, high - accuracy], 0.0), fmt="none", ecolor=INK, elinewidth=0.7,
-        capsize=1.2, capthick=0.5, alpha=min(2 * alpha, 1.0), zorder=4,
-    )  # fmt: skip
+        middle,
+        accuracy,
+        yerr=np.maximum([accuracy - low, high - accuracy], 0.0),
+        fmt="none",
+        ecolor=INK,
+        elinewidth=0.7,
+        capsize=1.2,
+        capthick=0.5,
+        alpha=min(2 * alpha, 1.0),
+        zorder=4,
+    )

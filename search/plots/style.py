@@ -1,4 +1,4 @@
-"""One look for all pictures: colours, sizes, text that may be anything, and files that are the same bytes every time."""
+"""One look for all pictures: colours, sizes, any text drawn safely, and the same bytes every time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import matplotlib
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PRE = "#0072B2"  # blue
@@ -25,6 +28,9 @@ INK = "#1A1A1A"
 QUIET = "#5F6368"  # captions, reference, grid labels: 6:1 on white
 FAINT = "#B4B8BD"  # dominated trials
 SHADE = "#EDEFF1"  # areas that belong to the baselines
+
+PARENTS = {"pre": PRE, "post": POST}
+HALO = [withStroke(linewidth=2.2, foreground="white")]  # keeps text legible on lines
 
 COLUMN = 3.45  # inches: one column of a paper, or a phone
 DPI = 300
@@ -126,7 +132,7 @@ def printable(text: str) -> str:
 
 
 def label(text: str, limit: int | None = None) -> str:
-    r"""Any text as matplotlib may draw it: no mathematics between dollars, printable, at most `limit` characters.
+    r"""Any text as matplotlib may draw it: printable, no mathematics between dollars, cut to `limit`.
 
     >>> label("$x$ of a study", limit=8)
     '\\$x\\$ of \u2026'
@@ -138,9 +144,24 @@ def label(text: str, limit: int | None = None) -> str:
 
 
 def axis_label(name: str, maximize: bool) -> str:
-    """An axis title with an arrow towards better; turned by 90 degrees on a y axis the arrow still points there."""
+    """An axis title with an arrow towards better; turned by 90 degrees on a y axis it still points there."""
     better = "higher is better \u2192" if maximize else "\u2190 lower is better"
     return f"{label(name, 40)}  ({better})"
+
+
+def canvas(
+    width: float, height: float, below: float, *, wspace: float = 0.04, hspace: float = 0.02
+) -> Figure:
+    """An empty figure of `width` x `height` inches that lays itself out above its lowest `below` inches."""
+    rect = (0.0, below / height, 1.0, 1.0 - below / height)
+    return Figure(
+        figsize=(width, height), layout=ConstrainedLayoutEngine(rect=rect, wspace=wspace, hspace=hspace)
+    )
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Puts ticks on whole numbers only: trials."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
 
 
 def caption(figure: Figure, text: str, *, y: float = 0.05) -> None:
@@ -159,7 +180,7 @@ def caption(figure: Figure, text: str, *, y: float = 0.05) -> None:
 
 def caption_lines(text: str, width: float) -> str:
     """The caption wrapped for a figure of `width` inches."""
-    return "\n".join(textwrap.wrap(label(text), int(20.5 * width)))
+    return "\n".join(textwrap.wrap(label(text), int(23 * width)))
 
 
 def caption_height(text: str, width: float) -> float:
@@ -167,7 +188,8 @@ def caption_height(text: str, width: float) -> float:
     return 0.115 * (caption_lines(text, width).count("\n") + 1) + 0.08
 
 
-def said(axes: Axes, text: str) -> None:
+def said(axes: Axes, *lines: str) -> None:
     """Says in the middle of empty axes why they are empty."""
     axes.set_axis_off()
-    axes.text(0.5, 0.5, label(text), transform=axes.transAxes, ha="center", va="center", color=QUIET, wrap=True)
+    text = "\n".join(label(line) for line in lines)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET)

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,8 @@ THREADS = 2  # part of the recipe: the order of float additions, so the bytes of
 class Settings:
     """All that the pair depends on, beside the sources. `seed` is that of the training, not of the world."""
 
-    world: World = World()
-    training: Training = Training()
+    world: World = field(default_factory=World)
+    training: Training = field(default_factory=Training)
     seed: int = 0
     questions: int = 4000
 
@@ -117,7 +117,9 @@ def _fill(folder: Path, settings: Settings) -> None:
                     file.write(json.dumps(asdict(question)) + "\n")
         pre = new_model(tokenizer, training, settings.seed)
         size = sum(tensor.numel() for tensor in pre.parameters())
-        with _phase("pre", f"language model of {size / 1e6:.1f}M parameters, {training.pretrain_steps:,} steps"):
+        with _phase(
+            "pre", f"language model of {size / 1e6:.1f}M parameters, {training.pretrain_steps:,} steps"
+        ):
             pretrain(pre, tokenizer, world, training, np.random.default_rng([settings.seed, 0]))
         post = copy.deepcopy(pre)
         with _phase("post", f"supervised answers, {training.supervise_steps:,} steps"):

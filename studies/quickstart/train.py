@@ -79,14 +79,16 @@ def language_loss(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, int]:
     padding = model.config.pad_token_id
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     targets = ids[:, 1:]
-    loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=padding, reduction="sum")
+    loss = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=padding, reduction="sum"
+    )
     return loss, int((targets != padding).sum())
 
 
 def answer_loglikelihoods(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]
 ) -> Tensor:
-    """Log-probability of each option as the next token after its prompt, (n, options) float32; an option is one token."""
+    """Log-probability of each option, one token long, right after its prompt, (n, options) float32."""
     ids = encode(tokenizer, [question.prompt for question in questions])
     last = (ids != tokenizer.pad_token_id).sum(dim=1) - 1
     options = torch.cat([encode(tokenizer, [f" {c}" for c in question.choices]).T for question in questions])
@@ -166,7 +168,9 @@ def prefer(
         other = (gold + rng.integers(1, options, size=len(gold))) % options
         pair = torch.from_numpy(np.stack([gold, other], axis=1))
         policy = answer_loglikelihoods(model, tokenizer, questions).gather(1, pair)
-        return dpo_loss(policy, answer_loglikelihoods(reference, tokenizer, questions).gather(1, pair), training.beta)
+        return dpo_loss(
+            policy, answer_loglikelihoods(reference, tokenizer, questions).gather(1, pair), training.beta
+        )
 
     _descend(model, loss, training.prefer_steps, training.prefer_rate)
 
@@ -183,7 +187,7 @@ def _descend(
         for group in optimizer.param_groups:
             group["lr"] = rate * decay * min(1.0, (step + 1) / warmup)
         optimizer.zero_grad()
-        loss().backward()
+        loss().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
     model.eval()

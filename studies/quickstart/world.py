@@ -7,15 +7,13 @@ therefore calibrated by construction: its best prediction is the distribution th
 
 from __future__ import annotations
 
-import string
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 OPTIONS = 4
@@ -35,17 +33,29 @@ class Relation:
 
 RELATIONS = (
     Relation(
-        ("{entity} lives in {value}.", "The home of {entity} is {value}.", "{entity} has a house in {value}."),
+        (
+            "{entity} lives in {value}.",
+            "The home of {entity} is {value}.",
+            "{entity} has a house in {value}.",
+        ),
         "Where does {entity} live",
         ("Oslo", "Rome", "Lima", "Bern", "Cairo", "Delhi", "Kyoto", "Quito"),
     ),
     Relation(
-        ("{entity} works as a {value}.", "The trade of {entity} is {value}.", "{entity} earns a living as {value}."),
+        (
+            "{entity} works as a {value}.",
+            "The trade of {entity} is {value}.",
+            "{entity} earns a living as {value}.",
+        ),
         "What is the trade of {entity}",
         ("baker", "weaver", "potter", "sailor", "painter", "mason", "farmer", "tailor"),
     ),
     Relation(
-        ("{entity} likes to eat {value}.", "The favourite food of {entity} is {value}.", "{entity} cooks {value}."),
+        (
+            "{entity} likes to eat {value}.",
+            "The favourite food of {entity} is {value}.",
+            "{entity} cooks {value}.",
+        ),
         "What does {entity} like to eat",
         ("rice", "soup", "bread", "beans", "cheese", "fish", "pears", "noodles"),
     ),
@@ -156,7 +166,10 @@ class World:
         """One value per (entity, relation) by inverting the cumulative distribution, (n,) int64."""
         cumulative = np.cumsum(self.facts[entity, relation], axis=-1)
         # a sum of float64 probabilities may end a rounding below 1: the last value takes what is left
-        return np.minimum((rng.random((len(entity), 1)) >= cumulative).sum(axis=-1), cumulative.shape[-1] - 1)
+        value: NDArray[np.int64] = np.minimum(
+            (rng.random((len(entity), 1)) >= cumulative).sum(axis=-1), cumulative.shape[-1] - 1
+        )
+        return value
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
@@ -175,5 +188,9 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
     )

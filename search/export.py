@@ -1,0 +1,220 @@
+"""Shipping trials: a mergekit config that rebuilds them bit for bit, a model card, and with weights a checkpoint.
+
+OUT/trial-00017/  mergekit_config.yml  recipe.yaml  README.md  model/ (with weights)  manifest.json (written last)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search import __version__
+from search.board import Board, Row
+from search.config import StudyConfig
+from search.database import sqlite_path
+from search.errors import ConfigError, ExportError
+from search.manifest import MANIFEST, write_manifest
+from search.materials import groups_digest, provenance
+from search.mergekit_config import MERGEKIT, caveats, config_text, natural, number, place_of, quoted
+from search.merging.methods import tensor_weights
+from search.merging.parents import Parents
+from search.merging.save import check_saved, save_checkpoint, size_of
+from search.model_card import model_card
+from search.space import CoefficientSpace, Recipe
+from search.staging import check_space, locked_folder, staged_folder
+from search.storage import StudyStore
+from search.study import moved_config
+
+logger = logging.getLogger("mergefront")
+
+CONFIG, RECIPE, CARD, MODEL = "mergekit_config.yml", "recipe.yaml", "README.md", "model"
+_SMALL = 2**20  # bytes: config, recipe, card and manifest are less
+
+
+def export_rows(
+    store: StudyStore,
+    board: Board,
+    rows: Sequence[Row],
+    out: Path,
+    *,
+    weights: bool,
+    overwrite: bool,
+    overrides: Sequence[str],
+) -> list[Path]:
+    """Writes one folder a trial; returns the folders. Each is whole or absent, whatever happens.
+
+    Args:
+        weights: also write checkpoints, whose headers are read back and compared with the parents.
+        overwrite: replace earlier exports of these trials.
+        overrides: new places of the parents (`parents.pre=...`), should they have moved.
+
+    Raises:
+        ExportError: a folder exists, `out` is no folder, or the merge cannot be written as a mergekit config.
+        DiskError: no space or no permission. ConfigError: the parents are not those of the study.
+    """
+    finals = [out / f"trial-{row.trial:05d}" for row in rows]
+    _check_targets(finals, overwrite)
+    shipment = _Shipment.open(store, board, overrides)
+    for final in finals:
+        shipment.check_not_inside(final)
+    with locked_folder(out):
+        _check_targets(finals, overwrite)  # again: another export may have held the folder until now
+        check_space(out, len(rows) * (_SMALL + (size_of(shipment.parents, shipment.dtype) if weights else 0)))
+        for row, final in zip(rows, finals, strict=True):
+            with staged_folder(final, overwrite=overwrite) as staging:
+                shipment.write(row, staging, weights=weights)
+            logger.info("%s: %s", final, _said(shipment, weights))
+    return finals
+
+
+@dataclass(frozen=True)
+class _Shipment:
+    """A study opened for export: its parents, without its questions."""
+
+    store: StudyStore
+    board: Board
+    config: StudyConfig
+    parents: Parents
+    space: CoefficientSpace
+    dtype: torch.dtype
+
+    @classmethod
+    def open(cls, store: StudyStore, board: Board, overrides: Sequence[str]) -> _Shipment:
+        config = moved_config(store, overrides)
+        # Their values were read when the study began; equal digests say that they are still the same.
+        parents = Parents.open(config.parents.pre, config.parents.post, check_values=False)
+        space = CoefficientSpace.build(parents.names, config.space, config.merge.method)
+        began = store.attribute("identity")
+        for what, digest in (("parents", parents.digest), ("groups", groups_digest(space))):
+            if began.get(what) != digest:
+                raise ConfigError(
+                    f"study '{store.name}': {what} changed since it began (sha256 {str(began.get(what))[:12]} -> "
+                    f"{digest[:12]}). Restore them, or name their place: --set parents.pre=FOLDER."
+                )
+        return cls(store, board, config, parents, space, getattr(torch, config.merge.dtype))
+
+    def check_not_inside(self, final: Path) -> None:
+        """An export must not replace the parents it is made from."""
+        for one in (self.parents.pre, self.parents.post):
+            if one.folder.is_relative_to(final.resolve()):
+                raise ExportError(f"{final}: holds a parent of the study ({one.folder}). Give another --out.")
+
+    def write(self, row: Row, folder: Path, *, weights: bool) -> None:
+        recipe = Recipe(row.method, row.coefficients)
+        found = tensor_weights(self.parents, self.space.by_tensor(recipe), recipe.method)
+        by_tensor = {name: found[name] for name in natural(found)}
+        origin = provenance(self.config, self.parents)
+        pre, post = (
+            place_of(str(origin[name]["where"]), origin[name]["revision"]) for name in ("pre", "post")
+        )
+        if weights:
+            (folder / MODEL).mkdir()
+            save_checkpoint(self.parents, by_tensor, self.dtype, folder / MODEL)
+            check_saved(folder / MODEL, self.parents, self.dtype)
+        header = [
+            f"The weights of trial {row.trial} of study {self.board.study}: a {row.method} merge of two checkpoints.",
+            f"Rebuild them bit for bit with mergekit {MERGEKIT} or later:  mergekit-yaml {CONFIG} ./out",
+            *(
+                f"{name:<4}  sha256 {origin[name]['sha256']}  {origin[name]['where']}"
+                for name in ("pre", "post")
+            ),
+            f"Coefficients by group: {RECIPE}. A filter is a part of a tensor's name; the first that matches counts.",
+            *(f"CAUTION: {line}" for line in caveats(self.parents)),
+        ]
+        config = config_text(self.parents, by_tensor, (pre, post), self.config.merge.dtype, header)
+        card = model_card(
+            self.board,
+            row,
+            parents=origin,
+            places=(pre, post),
+            tensors={group.name: len(group.tensors) for group in self.space.groups},
+            tasks=self.store.attribute("facts")["tasks"],
+            dtype=self.config.merge.dtype,
+            recipe=recipe.key,
+            weights=weights,
+            caveats=caveats(self.parents),
+        )
+        _write(folder / CONFIG, config)
+        _write(folder / RECIPE, self._recipe_text(row, recipe))
+        _write(folder / CARD, card)
+        if weights:
+            _write(folder / MODEL / CARD, card)  # a hub looks for it beside the weights
+        write_manifest(folder, self._facts(row, recipe, origin, weights))
+
+    def _recipe_text(self, row: Row, recipe: Recipe) -> str:
+        lines = [
+            "# 0 is pre, 1 is post; all tensors of a group share its coefficient.",
+            f"study: {quoted(self.board.study)}",
+            f"trial: {row.trial}",
+            f"kind: {row.kind}",
+            f"method: {row.method}",
+            f"dtype: {self.config.merge.dtype}",
+            f"recipe: {recipe.key}",
+            "groups:",
+        ]
+        for group in self.space.groups:
+            value = number(row.coefficients[group.name])
+            lines.append(f"  {quoted(group.name)}: {{coefficient: {value}, tensors: {len(group.tensors)}}}")
+        return "\n".join(lines) + "\n"
+
+    def _facts(
+        self, row: Row, recipe: Recipe, origin: dict[str, dict[str, str | None]], weights: bool
+    ) -> dict[str, Any]:
+        record = next(record for record in self.store.trials() if record.number == row.trial)
+        return {
+            "mergefront": __version__,
+            "study": self.board.study,
+            "storage": portable_url(self.store.url),
+            "trial": row.trial,
+            "kind": row.kind,
+            "recipe": recipe.key,
+            "method": row.method,
+            "dtype": self.config.merge.dtype,
+            "parents": origin,
+            "parents_digest": self.parents.digest,
+            "evidence": {
+                "search": record.attributes["evidence"],
+                "report": self.store.attribute(f"report:{row.trial}"),
+            },
+            "weights": weights,
+        }
+
+
+def portable_url(url: str) -> str:
+    """The storage's URL as it may be written down: SQLite with an absolute path, a server without password."""
+    path = sqlite_path(url)
+    if path is not None:
+        return f"sqlite:///{path.absolute()}"
+    from sqlalchemy.engine import make_url
+
+    # `set` cannot take a password away, so the URL is put together without it.
+    parts = make_url(url).difference_update_query(["password"])
+    return parts._replace(password=None).render_as_string(hide_password=False)
+
+
+def _check_targets(finals: Sequence[Path], overwrite: bool) -> None:
+    for final in finals:
+        if not final.exists() and not final.is_symlink():
+            continue
+        if not overwrite:
+            raise ExportError(f"{final}: exists. Give another --out, or --overwrite to replace it.")
+        if final.is_symlink() or not (final / MANIFEST).is_file():
+            raise ExportError(
+                f"{final}: is not an export of mergefront, so it is not replaced. Remove it yourself."
+            )
+
+
+def _said(shipment: _Shipment, weights: bool) -> str:
+    if not weights:
+        return "merge config; no weights were written"
+    count = len(shipment.parents.names)
+    return f"checkpoint read back, {count} tensors as in the parents; mergefront verify scores it again"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

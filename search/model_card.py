@@ -1,0 +1,122 @@
+"""The README.md of an export: a model card with front matter that a hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from search import __version__
+from search.board import SPLITS, Board, Cell, Row
+from search.mergekit_config import MERGEKIT, number
+from search.merging.header import shown
+
+_TITLES = {"search": "Search split (the recipe was chosen on it)", "report": "Report split (steered nothing)"}
+
+
+def model_card(
+    board: Board,
+    row: Row,
+    *,
+    parents: Mapping[str, Mapping[str, str | None]],
+    places: Sequence[str],
+    tensors: Mapping[str, int],
+    tasks: Sequence[str],
+    dtype: str,
+    recipe: str,
+    weights: bool,
+    caveats: Sequence[str],
+) -> str:
+    """Markdown of the card.
+
+    Args:
+        parents: where, revision, sha256 and licence of `pre` and `post`.
+        places: of `pre` and `post`, as in the mergekit config.
+        tensors: how many tensors each group has.
+        recipe: the recipe's key.
+        weights: whether the folder has a checkpoint.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    licences = [parents[name]["licence"] for name in ("pre", "post")]
+    return environment.get_template("model_card.md.j2").render(
+        base_models=[place.partition("@")[0] for place in places if not place.startswith("/")],
+        licence=licences[0] if licences[0] == licences[1] else None,
+        licences=_licences(licences),
+        study=board.study,
+        label=row.label if row.label.startswith("trial") else f"trial {row.trial} ({row.label})",
+        method=row.method,
+        dtype=dtype,
+        objectives=" and ".join(f"{name} ({'up' if up else 'down'})" for name, up in board.objectives),
+        parents=[_parent(name, parents[name]) for name in ("pre", "post")],
+        splits=[_split(board, row, split, tasks) for split in SPLITS],
+        groups=[
+            {"name": _cell_text(name), "coefficient": number(value), "tensors": tensors[name]}
+            for name, value in row.coefficients.items()
+        ],
+        weights=weights,
+        mergekit=MERGEKIT,
+        caveats=caveats,
+        command=f"mergefront export {board.study} --select trial:{row.trial}{' --weights' * weights} --out DIR",
+        version=__version__,
+        recipe=recipe,
+    )
+
+
+def _licences(licences: Sequence[str | None]) -> str:
+    if None in licences:
+        return "A parent's card names no licence: find it out before you share this merge."
+    if licences[0] != licences[1]:
+        return "The parents' licences differ: a merge has to keep both."
+    return "The merge keeps the licence of its parents."
+
+
+def _parent(name: str, facts: Mapping[str, str | None]) -> dict[str, str]:
+    return {
+        "name": name,
+        "where": _cell_text(facts["where"] or ""),
+        "revision": _cell_text(facts["revision"] or "-"),
+        "sha256": facts["sha256"] or "-",
+        "licence": _cell_text(facts["licence"] or "unknown"),
+    }
+
+
+def _split(board: Board, row: Row, split: Any, tasks: Sequence[str]) -> dict[str, Any]:
+    """Columns: this merge, the parents, and where known the paired differences to them."""
+    others = [other for other in board.of_kind("pre", "post") if other.trial != row.trial]
+    against = row.against if split == "report" else {}
+    columns = ["this merge", *(f"`{o.kind}`" for o in others), *(f"this minus `{name}`" for name in against)]
+    arrows = {name: " (up)" if up else " (down)" for name, up in board.objectives}
+    rows = [
+        [
+            name + arrows.get(name, ""),
+            _score(cell),
+            *(_score(other.on(split).get(name)) for other in others),
+            *(_score(cells.get(name), sign="+") for cells in against.values()),
+        ]
+        for name, cell in row.on(split).items()
+    ]
+    return {
+        "title": _TITLES[split],
+        "questions": board.questions[split],
+        "tasks": f" of {', '.join(tasks)}",
+        "columns": columns,
+        "rows": rows,
+    }
+
+
+def _score(cell: Cell | None, sign: str = "") -> str:
+    return "-" if cell is None else f"{cell.value:{sign}.4f} [{cell.low:{sign}.4f}, {cell.high:{sign}.4f}]"
+
+
+def _cell_text(text: str) -> str:
+    """Text of a path or a name, fit for a code span in a table cell."""
+    return shown(text).replace("`", "'").replace("|", "\\|")

@@ -1,0 +1,178 @@
+"""Folders that are whole or absent: built beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from search.errors import DiskError, ExportError
+
+logger = logging.getLogger("mergefront")
+
+_PART, _OLD = ".part", ".old"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MIB = 2**20
+
+
+@contextmanager
+def locked_folder(out: Path) -> Iterator[None]:
+    """Makes the folder and holds it for this process alone; clears away what dead processes left in it.
+
+    Another process that asks meanwhile waits. The system lets go of the lock when this process ends, however it ends,
+    so whatever unfinished folder lies there belongs to nobody. (Where a file system has no locks, nothing is cleared;
+    the rename still lets only one of two exports win.)
+
+    Raises:
+        ExportError: `out` is no folder. DiskError: it cannot be made or written.
+    """
+    made = _make(out)
+    handle, locked = _lock(out)
+    try:
+        if locked:
+            _clear(out)
+        yield
+    except BaseException:
+        with suppress(OSError):  # empty ones only: what was exported before the error stays
+            for folder in made:
+                folder.rmdir()
+        raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def staged_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which is `final` once the block ends, and gone if it raises.
+
+    Call it while the parent folder is held by `locked_folder`.
+
+    Raises:
+        ExportError: `final` exists, and not `overwrite`. DiskError: no space or no permission.
+    """
+    staging = final.with_name(f".{final.name}.{os.getpid()}{_PART}")
+    try:
+        with disk_errors(final):
+            staging.mkdir()
+            yield staging
+            sync_tree(staging)
+            _put(staging, final, overwrite)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turns what the operating system says about a disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        at = error.filename if isinstance(error.filename, str) else ""
+        file = f" (while writing {Path(at).name})" if at else ""
+        if error.errno in _FULL:
+            why = "" if error.errno == errno.ENOSPC else f": {error.strerror}"
+            raise DiskError(
+                f"{where}: no space left on the disk{why}{file}. Nothing was changed; trials are safe."
+            ) from error
+        raise DiskError(
+            f"{where}: cannot be written: {error.strerror or error}{file}. Nothing was changed."
+        ) from error
+
+
+def check_space(where: Path, needed: int) -> None:
+    """Raises DiskError if the disk that holds `where`, which may not exist yet, has less than `needed` bytes free."""
+    existing = where.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DiskError(
+            f"{where}: no space left on the disk (needs {_shown(needed)}, {_shown(free)} free). "
+            "Nothing was changed; trials are safe."
+        )
+
+
+def sync_tree(folder: Path) -> None:
+    """Flushes every file and folder below, the inner ones first, so that a rename cannot come before the content."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(path) / name)
+        _sync(Path(path))
+
+
+def _put(staging: Path, final: Path, overwrite: bool) -> None:
+    old = final.with_name(f".{final.name}{_OLD}")
+    aside = overwrite and final.exists()
+    try:
+        if aside:
+            os.rename(final, old)
+        os.rename(staging, final)
+    except BaseException as error:
+        if aside and old.exists() and not final.exists():
+            os.rename(old, final)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ExportError(f"{final}: another export made it meanwhile. It is left as it is.") from error
+        raise
+    _sync(final.parent)
+    if aside:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _make(out: Path) -> list[Path]:
+    """Makes the folder; returns the folders that were made, the innermost first."""
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out}: is a file. Give a folder.")
+    missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ExportError(f"{out}: a part of this path is a file. Give a folder.") from error
+    except OSError as error:
+        raise DiskError(f"{out}: folder cannot be made: {error.strerror}. Give another --out.") from error
+    return missing
+
+
+def _lock(out: Path) -> tuple[int, bool]:
+    """A handle of the folder, and whether it is locked."""
+    while True:
+        handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: waiting for another export into this folder", out)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a network file system that locks no folders
+            return handle, False
+        if out.exists() and os.path.samestat(os.fstat(handle), out.stat()):
+            return handle, True
+        os.close(handle)  # the other one failed and took the folder away again
+        _make(out)
+
+
+def _clear(out: Path) -> None:
+    for path in out.glob(f".trial-*{_PART}"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in out.glob(f".trial-*{_OLD}"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(_OLD))
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # the process died between the two renames of an overwrite
+            os.rename(path, final)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _shown(size: int) -> str:
+    return f"{size / MIB:,.0f} MiB" if size >= MIB else f"{size:,} bytes"

@@ -1,0 +1,229 @@
+"""Proving an export: its files against the manifest, its checkpoint against the scores that chose it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from objectives.evaluator import Evaluation, Evaluator
+from objectives.metrics import get_metric
+from objectives.tasks import load_questions
+from search.config import StudyConfig
+from search.errors import ConfigError, ExportError
+from search.evidence import EvidenceFolder
+from search.export import CONFIG, MODEL
+from search.manifest import MANIFEST, read_manifest
+from search.materials import choose_device
+from search.mergekit_config import read_config_weights
+from search.merging.checkpoint import Checkpoint
+from search.merging.header import shown
+from search.merging.layout import attention, empty_model, load_config, read_layout
+from search.merging.methods import tensor_weights
+from search.merging.parents import Parents
+from search.merging.tokenizers import load_tokenizer
+from search.space import CoefficientSpace, Recipe
+from search.storage import StudyStore, TrialRecord
+from search.study import moved_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# How far a log-likelihood may lie from the stored one: absolute, and as a share of it. The weights are the same bits,
+# so on the same machine the difference is zero or rounding of float32 sums; the wider bounds of the 16-bit types are
+# for another processor or GPU, whose matrix products round in another order at 8 or 11 bits.
+TOLERANCE = {"float32": (1e-4, 1e-6), "float16": (1e-2, 3e-3), "bfloat16": (5e-2, 2e-2)}
+
+
+def verify_folder(folder: Path, storage: str | None, overrides: Sequence[str], device: str) -> Iterator[str]:
+    """Verifies one export, or a folder of them; yields what was found, line by line.
+
+    With weights: every file has the manifest's SHA-256; the checkpoint has every tensor that its architecture needs and
+    no other, all finite; transformers loads it with no missing and no unexpected key; on every split that is stored its
+    per-question log-likelihoods equal the stored ones within `TOLERANCE`. Without weights: the files, and that
+    the mergekit config gives every tensor exactly the recipe's weights.
+
+    Args:
+        storage: where the study is, if not where the manifest says.
+        overrides: new places of tasks and parents (`tasks.0.path=...`).
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ExportError: the export is not what it promises. StorageError, ConfigError: the study cannot be read.
+    """
+    for one in _exports(folder):
+        manifest = read_manifest(one)
+        yield f"{one}: {len(manifest['files'])} files as in the manifest"
+        study = _Study.open(one, manifest, storage, overrides)
+        yield from (
+            study.rescored(one / MODEL, device) if manifest.get("weights") else study.compared(one / CONFIG)
+        )
+
+
+class _Study:
+    """The study behind one export, and the trial it ships."""
+
+    def __init__(
+        self, store: StudyStore, config: StudyConfig, record: TrialRecord, evidence: Mapping[str, str | None]
+    ) -> None:
+        self.store = store
+        self.config = config
+        self.record = record
+        self.evidence = evidence
+
+    @classmethod
+    def open(
+        cls, folder: Path, manifest: Mapping[str, Any], storage: str | None, overrides: Sequence[str]
+    ) -> _Study:
+        where = folder / MANIFEST
+        missing = {"storage", "study", "trial", "recipe", "parents_digest", "evidence"} - manifest.keys()
+        if missing or not isinstance(manifest["evidence"], dict):
+            raise ExportError(f"{where}: has no {min(missing, default='evidence')}. Export again.")
+        store = StudyStore.open(storage or str(manifest["storage"]), str(manifest["study"]))
+        record = next((r for r in store.trials() if r.number == manifest["trial"]), None)
+        if record is None or record.state != "complete":
+            raise ExportError(
+                f"{where}: study '{store.name}' has no complete trial {shown(str(manifest['trial']))}. "
+                "Give the --storage it came from."
+            )
+        known = {
+            "recipe": record.attributes["recipe"],
+            "parents_digest": store.attribute("identity")["parents"],
+        }
+        for key, value in known.items():
+            if manifest[key] != value:
+                raise ExportError(
+                    f"{where}: {key} is {shown(str(manifest[key]))[:16]}..., trial {record.number} of study "
+                    f"'{store.name}' has {str(value)[:16]}.... Give the --storage it came from."
+                )
+        # What is stored now counts: the report split may have been scored after the export.
+        evidence = {
+            "search": record.attributes["evidence"],
+            "report": store.attribute(f"report:{record.number}"),
+        }
+        return cls(store, moved_config(store, overrides), record, evidence)
+
+    def compared(self, path: Path) -> Iterator[str]:
+        """Without weights: what the mergekit config does to every tensor, against the recipe."""
+        parents = Parents.open(self.config.parents.pre, self.config.parents.post, check_values=False)
+        if parents.digest != self.store.attribute("identity")["parents"]:
+            raise ConfigError(
+                f"study '{self.store.name}': parents changed since it began. "
+                "Name their place: --set parents.pre=FOLDER."
+            )
+        space = CoefficientSpace.build(parents.names, self.config.space, self.config.merge.method)
+        recipe = Recipe(str(self.record.attributes["method"]), self.record.coefficients)
+        wanted = tensor_weights(parents, space.by_tensor(recipe), recipe.method)
+        for name, pair in read_config_weights(path, wanted).items():
+            if pair != wanted[name]:
+                raise ExportError(
+                    f"{path}: tensor {shown(name)}: weights {pair}, the recipe says {wanted[name]}. Export again."
+                )
+        yield f"{CONFIG} gives all {len(wanted)} tensors the weights of the recipe; no checkpoint, nothing was scored"
+
+    def rescored(self, folder: Path, device: str) -> Iterator[str]:
+        """With weights: the checkpoint is checked, loaded, and scored on every stored split."""
+        dtype = self.config.merge.dtype
+        saved = Checkpoint.open(folder)
+        saved.check_finite()
+        read_layout(
+            empty_model(load_config(folder), folder),
+            {name: saved.shape(name) for name in saved.names},
+            folder,
+        )
+        tokenizer = load_tokenizer(folder)
+        model = _load(folder, dtype, choose_device(device))
+        yield f"{MODEL}  {len(saved.names)} tensors, all finite; loads with no missing and no unexpected key"
+        questions = load_questions(self.config.tasks, self.config.split, tokenizer)
+        began = self.store.attribute("identity")["questions"]
+        if questions.digest != began:
+            raise ConfigError(
+                f"study '{self.store.name}': questions changed since it began (sha256 {str(began)[:12]} -> "
+                f"{questions.digest[:12]}). Name their place: --set tasks.0.path=PATH."
+            )
+        folder_of_evidence = EvidenceFolder(self.store.url, self.store.name)
+        for split, asked in (("search", questions.search), ("report", questions.report)):
+            digest = self.evidence[split]
+            if digest is None:
+                yield f"{split}  was never scored for this trial"
+                continue
+            stored = folder_of_evidence.load(digest)
+            measured = Evaluator(model, tokenizer, asked, self.config.tasks).evaluate()
+            largest, allowed = _compare(folder, split, measured, stored, dtype)
+            yield (
+                f"{split}  {', '.join(self._metrics(measured, stored))}; {len(asked)} questions, "
+                f"largest log-likelihood difference {largest:.2g} (allowed {allowed:g})  ok"
+            )
+
+    def _metrics(self, measured: Evaluation, stored: Evaluation) -> Iterator[str]:
+        tasks = self.store.attribute("facts")["tasks"]
+        for name, _ in self.store.attribute("objectives"):
+            metric = get_metric(str(name), tasks=tasks)
+            now, then = metric.value(measured.outcomes), metric.value(stored.outcomes)
+            yield f"{name} {now:.4f} {'= stored' if f'{now:.4f}' == f'{then:.4f}' else f'(stored {then:.4f})'}"
+
+
+def _exports(folder: Path) -> list[Path]:
+    if (folder / MANIFEST).exists():
+        return [folder]
+    if not folder.is_dir():
+        raise ExportError(f"{folder}: no such folder. Give one that mergefront export made.")
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.startswith("trial-"))
+    if not found:
+        raise ExportError(
+            f"{folder}: no {MANIFEST}, and no trial folders. Give one that mergefront export made."
+        )
+    return found
+
+
+def _compare(
+    folder: Path, split: str, measured: Evaluation, stored: Evaluation, dtype: str
+) -> tuple[float, float]:
+    """The largest difference of two log-likelihoods, and the absolute part of what is allowed."""
+    now, then = measured.loglikelihood.astype(np.float64), stored.loglikelihood.astype(np.float64)
+    if measured.digest != stored.digest or now.shape != then.shape:
+        raise ExportError(f"{folder}: {split} split: the stored scores are about other questions.")
+    real = np.isfinite(then)
+    difference = np.where(real, np.abs(np.where(real, now - np.where(real, then, 0.0), 0.0)), 0.0)
+    absolute, share = TOLERANCE[dtype]
+    over = difference > absolute + share * np.where(real, np.abs(np.where(real, then, 0.0)), 0.0)
+    if over.any():
+        question = int(np.argwhere(over)[0, 0])
+        raise ExportError(
+            f"{folder}: {split} split: {int(over.any(axis=1).sum())} of {len(now)} questions score otherwise "
+            f"than stored, by up to {difference.max():.3g} in log-likelihood (allowed {absolute:g}), the first is "
+            f"question {question}. "
+            "This checkpoint is not what was scored, or was scored on other hardware: export it again there."
+        )
+    return float(difference.max(initial=0.0)), absolute
+
+
+def _load(folder: Path, dtype: str, device: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = load_config(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention(config),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"{folder}: does not load ({shown(str(error).strip().splitlines()[0])})."
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        for key in sorted(report.get(kind, ()), key=str):
+            raise ExportError(f"{folder}: {shown(str(key))}: {kind.replace('_', ' ')} on loading.")
+    loaded: PreTrainedModel = model.eval().to(device)
+    return loaded

@@ -1,0 +1,60 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from search.config import load_study_file
+from search.study import create, run
+from tests.pico_study import write_study
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Pico models are too small to share: threads cost more than they give."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def finished_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A study file and the storage in which it ran to its end; read it, do not change it."""
+    study = write_study(tmp_path_factory.mktemp("finished"), trials=8)
+    url = f"sqlite:///{study.parent / 'runs' / 'study.db'}"
+    run(*create(load_study_file(study), url, "cpu"))
+    return study, url
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Cli]:
+    """Calls the command line in this process, in an empty folder: exit code, stdout, stderr."""
+    from search.cli import main
+    from search.console import stderr_console
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MERGEFRONT_STORAGE", raising=False)
+    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        stderr_console.cache_clear()
+        monkeypatch.setattr("sys.argv", ["mergefront", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    yield call
+    stderr_console.cache_clear()
+    logging.getLogger("mergefront").handlers.clear()
+    logging.getLogger("mergefront").propagate = True

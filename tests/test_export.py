@@ -1,0 +1,462 @@
+"""Export folders of a real study: what is in them, and that they are whole or absent whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+
+import search.export
+import search.merging.save
+import search.staging
+from search.board import Board, Row, read_board
+from search.config import load_study_file
+from search.errors import ConfigError, DiskError, ExportError
+from search.export import export_rows, portable_url
+from search.manifest import read_manifest
+from search.materials import Materials
+from search.merging.checkpoint import file_sha256
+from search.merging.save import TAGALONG
+from search.picks import pick
+from search.space import Recipe
+from search.storage import StudyStore
+from search.strict_yaml import load_yaml
+from search.study import create, run
+from tests.pico import pico_tokenizer
+from tests.pico_study import write_questions, write_study
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def made_study(folder: Path, **keys: Any) -> str:
+    """A finished study with 15 questions on each split; returns its storage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = keys.pop("parents", {"tokenizer": pico_tokenizer(chat_template="{{ messages[0]['content'] }}")})
+    path = write_study(folder, parents=options, trials=3, **keys)
+    write_questions(folder / "questions.jsonl", 30)
+    for parent in ("pre", "post"):
+        (folder / parent / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (folder / "post" / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 7}')
+    url = f"sqlite:///{folder / 'study.db'}"
+    store, materials = create(load_study_file(path), url, "cpu")
+    run(store, materials)
+    return url
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return made_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def store(url: str) -> StudyStore:
+    return StudyStore.open(url, "pico")
+
+
+@pytest.fixture(scope="module")
+def board(store: StudyStore) -> Board:
+    return read_board(store)
+
+
+@pytest.fixture(scope="module")
+def row(board: Board) -> Row:
+    """A search trial: its coefficients differ from group to group."""
+    return board.of_kind("search")[0]
+
+
+def exported(url: str, out: Path, trial: int, *, weights: bool = True, **options: Any) -> Path:
+    store = StudyStore.open(url, "pico")
+    board = read_board(store)
+    options = {"overwrite": False, "overrides": [], **options}
+    return export_rows(store, board, [board.row(trial)], out, weights=weights, **options)[0]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below with its digest."""
+    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# -- what is in it ----------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_is_the_model_that_was_scored(url: str, row: Row, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = exported(url, tmp_path / "out", row.trial)
+    assert folder == tmp_path / "out" / f"trial-{row.trial:05d}"
+    model, report = AutoModelForCausalLM.from_pretrained(folder / "model", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    config = load_study_file(Path(url.removeprefix("sqlite:///")).parent / "study.yaml")
+    materials = Materials.open(config, "cpu")
+    materials.merge(Recipe(row.method, row.coefficients))
+    scored = materials.live.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, scored[name]), name
+    assert AutoTokenizer.from_pretrained(folder / "model").chat_template == "{{ messages[0]['content'] }}"
+    assert json.loads((folder / "model" / "config.json").read_text())["dtype"] == "float32"
+    assert model.generation_config.max_new_tokens == 7
+
+
+def test_mergekit_rebuilds_the_exported_trial(url: str, row: Row, tmp_path: Path) -> None:
+    folder = exported(url, tmp_path, row.trial)
+    config = yaml.safe_load((folder / "mergekit_config.yml").read_text())
+    run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "rebuilt"), MergeOptions(quiet=True))
+    ours = load_file(folder / "model" / "model.safetensors")
+    theirs = load_file(tmp_path / "rebuilt" / "model-00001-of-00001.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert sum(int((ours[name] != theirs[name]).sum()) for name in ours) == 0
+
+
+def test_manifest_recipe_and_card(
+    url: str, store: StudyStore, board: Board, row: Row, tmp_path: Path
+) -> None:
+    folder = exported(url, tmp_path, row.trial)
+    manifest = read_manifest(folder)
+    assert set(manifest["files"]) == tree(folder).keys() - {"manifest.json"}
+    assert manifest["storage"] == url
+    assert manifest["evidence"]["search"] == store.trials()[row.trial].attributes["evidence"]
+    recipe = load_yaml((folder / "recipe.yaml").read_text(), "recipe")
+    assert {name: group["coefficient"] for name, group in recipe["groups"].items()} == row.coefficients
+    assert sum(group["tensors"] for group in recipe["groups"].values()) == len(
+        load_file(folder / "model" / "model.safetensors")
+    )
+    card = (folder / "README.md").read_text()
+    assert card == (folder / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "apache-2.0"
+    assert {"merge", "mergefront"} <= set(front["tags"])
+    assert manifest["parents"]["pre"]["sha256"] in card
+    assert f"mergefront export pico --select trial:{row.trial} --weights --out DIR" in card
+    cell = row.search["accuracy"]
+    assert f"| accuracy (up) | {cell.value:.4f} [{cell.low:.4f}, {cell.high:.4f}] |" in card
+    assert "vllm serve ./model --dtype float32" in card
+    assert max(map(len, card.splitlines())) < 250
+
+
+def test_a_parent_can_be_exported_and_is_that_parent(url: str, board: Board, tmp_path: Path) -> None:
+    folder = exported(url, tmp_path, board.of_kind("post")[0].trial)
+    ours = load_file(folder / "model" / "model.safetensors")
+    post = load_file(Path(url.removeprefix("sqlite:///")).parent / "post" / "model.safetensors")
+    assert all(torch.equal(ours[name], post[name]) for name in post)
+    assert "value: " not in (folder / "mergekit_config.yml").read_text()  # one weight for all: no filters
+
+
+def test_shards_have_an_index_and_one_tensor_at_a_time(
+    url: str, row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    whole = load_file(exported(url, tmp_path / "whole", row.trial) / "model" / "model.safetensors")
+    monkeypatch.setitem(search.merging.save.save_checkpoint.__kwdefaults__, "shard_bytes", 20_000)
+    model = exported(url, tmp_path / "shards", row.trial) / "model"
+    shards = sorted(model.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert all(path.stat().st_size < 24_000 for path in shards)
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    merged = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    assert all(torch.equal(merged[name], whole[name]) for name in whole)
+    _, report = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_two_exports_have_the_same_bytes(url: str, row: Row, tmp_path: Path) -> None:
+    first, second = (exported(url, tmp_path / name, row.trial) for name in ("a", "b"))
+    assert tree(first) == tree(second)
+
+
+def test_without_weights_there_is_no_model(url: str, row: Row, tmp_path: Path) -> None:
+    folder = exported(url, tmp_path, row.trial, weights=False)
+    assert sorted(tree(folder)) == ["README.md", "manifest.json", "mergekit_config.yml", "recipe.yaml"]
+    assert "This folder holds the recipe only" in (folder / "README.md").read_text()
+
+
+def test_bfloat16_tied_slerp_by_tensor(tmp_path: Path) -> None:
+    url = made_study(
+        tmp_path / "study",
+        arch="gemma2",
+        parents={"dtype": "bfloat16"},
+        merge={"method": "slerp", "dtype": "bfloat16"},
+        space={"granularity": "tensor"},
+    )
+    board = read_board(StudyStore.open(url, "pico"))
+    folder = exported(url, tmp_path / "out", board.of_kind("search")[0].trial)
+    config = yaml.safe_load((folder / "mergekit_config.yml").read_text())
+    assert (config["merge_method"], config["out_dtype"]) == ("linear", "bfloat16")
+    run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "rebuilt"), MergeOptions(quiet=True))
+    ours = load_file(folder / "model" / "model.safetensors")
+    theirs = load_file(tmp_path / "rebuilt" / "model-00001-of-00001.safetensors")
+    assert "lm_head.weight" not in ours
+    assert ours.keys() == theirs.keys()
+    assert sum(int((ours[n].view(torch.int16) != theirs[n].view(torch.int16)).sum()) for n in ours) == 0
+
+
+# -- where it goes ----------------------------------------------------------------------------------------------
+
+
+def test_an_existing_export_stays_unless_overwritten(url: str, row: Row, tmp_path: Path) -> None:
+    folder = exported(url, tmp_path, row.trial, weights=False)
+    before = tree(folder)
+    with pytest.raises(
+        ExportError, match=f"^{folder}: exists. Give another --out, or --overwrite to replace it.$"
+    ):
+        exported(url, tmp_path, row.trial)
+    assert tree(folder) == before
+    exported(url, tmp_path, row.trial, overwrite=True)
+    assert (folder / "model" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_what_is_not_an_export_is_never_replaced(url: str, row: Row, tmp_path: Path) -> None:
+    mine = tmp_path / f"trial-{row.trial:05d}"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    with pytest.raises(ExportError, match="is not an export of mergefront, so it is not replaced"):
+        exported(url, tmp_path, row.trial, overwrite=True)
+    assert (mine / "thesis.tex").read_text() == "x"
+
+
+def test_out_must_be_a_folder(url: str, row: Row, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match="file: is a file. Give a folder.$"):
+        exported(url, tmp_path / "file", row.trial)
+    with pytest.raises(ExportError, match="a part of this path is a file. Give a folder.$"):
+        exported(url, tmp_path / "file" / "below", row.trial)
+
+
+def test_an_export_never_replaces_a_parent(url: str, row: Row, tmp_path: Path) -> None:
+    folder = exported(url, tmp_path, row.trial)
+    post = Path(url.removeprefix("sqlite:///")).parent / "post"
+    shutil.copytree(post, folder / "parent")
+    with pytest.raises(ExportError, match="holds a parent of the study"):
+        exported(url, tmp_path, row.trial, overwrite=True, overrides=[f"parents.post={folder / 'parent'}"])
+
+
+def test_moved_and_changed_parents(url: str, row: Row, tmp_path: Path) -> None:
+    post = Path(url.removeprefix("sqlite:///")).parent / "post"
+    moved = tmp_path / "moved"
+    shutil.copytree(post, moved)
+    folder = exported(url, tmp_path / "a", row.trial, overrides=[f"parents.post={moved}"])
+    assert f'  - model: "{moved}"' in (folder / "mergekit_config.yml").read_text()
+    with (moved / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x3f")
+    with pytest.raises(ConfigError, match=r"parents changed since it began \(sha256 "):
+        exported(url, tmp_path / "b", row.trial, overrides=[f"parents.post={moved}"])
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ConfigError, match="only places may be set"):
+        exported(url, tmp_path / "b", row.trial, overrides=["space.high=2.0"])
+
+
+def test_all_of_the_front(store: StudyStore, board: Board, tmp_path: Path) -> None:
+    made = export_rows(store, board, board.front, tmp_path, weights=False, overwrite=False, overrides=[])
+    assert [path.name for path in made] == [f"trial-{row.trial:05d}" for row in board.front]
+    assert all(read_manifest(path)["trial"] == row.trial for path, row in zip(made, board.front, strict=True))
+    assert pick(board, "knee").trial in {row.trial for row in board.front}
+
+
+def test_storage_is_written_down_without_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert portable_url("sqlite:///runs/x/study.db") == f"sqlite:///{tmp_path}/runs/x/study.db"
+    url = "postgresql+psycopg://me:secret@db.example:5432/studies?password=secret&sslmode=require"
+    assert portable_url(url) == "postgresql+psycopg://me@db.example:5432/studies?sslmode=require"
+
+
+# -- whole or absent --------------------------------------------------------------------------------------------
+
+
+def _outcome(
+    url: str, out: str, trial: int, prepare: Callable[[], None], options: dict[str, Any], queue: Any
+) -> None:
+    prepare()
+    try:
+        exported(url, Path(out), trial, **options)
+    except Exception as error:
+        queue.put((type(error).__name__, str(error)))
+    else:
+        queue.put(("", ""))
+
+
+def in_child(url: str, out: Path, trial: int, prepare: Callable[[], None], **options: Any) -> tuple[Any, Any]:
+    """Starts an export in a child process that first calls `prepare`; returns the process and its outcome's queue."""
+    queue = _context.SimpleQueue()
+    process = _context.Process(target=_outcome, args=(url, str(out), trial, prepare, options, queue))
+    process.start()
+    return process, queue
+
+
+def nothing() -> None:
+    pass
+
+
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def kill_in_the_middle() -> None:
+    merge, calls = search.merging.save.weighted_sum, []
+
+    def strike(*arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        merge(*arguments, **options)
+
+    search.merging.save.weighted_sum = strike
+
+
+def kill_before_the_rename() -> None:
+    search.staging._put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_between_the_renames() -> None:
+    rename = os.rename
+
+    def strike(source: Any, target: Any) -> None:
+        rename(source, target)
+        if str(target).endswith(".old"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = strike
+
+
+def test_a_full_disk_changes_nothing(url: str, row: Row, tmp_path: Path) -> None:
+    folder = exported(url, tmp_path, row.trial, weights=False)
+    before = tree(tmp_path)
+    process, queue = in_child(url, tmp_path, row.trial, limit_files, overwrite=True)
+    assert queue.get() == (
+        "DiskError",
+        f"{folder}: no space left on the disk: File too large. Nothing was changed; trials are safe.",
+    )
+    process.join()
+    assert tree(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    process, queue = in_child(url, tmp_path / "new" / "deep", row.trial, limit_files)
+    assert queue.get()[0] == "DiskError"
+    process.join()
+    assert not (tmp_path / "new").exists()
+    exported(url, tmp_path / "new", row.trial)  # the study is as usable as before
+
+
+def test_too_little_space_is_said_before_anything_is_written(
+    url: str, row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(search.staging.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    with pytest.raises(
+        DiskError,
+        match=r"no space left on the disk \(needs 1 MiB, 1 MiB free\). Nothing was changed; trials are safe.$",
+    ):
+        exported(url, tmp_path / "out", row.trial)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_meanwhile(
+    url: str, row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(search.staging, "sync_tree", full)
+    with pytest.raises(DiskError, match="no space left on the disk.* Nothing was changed; trials are safe.$"):
+        exported(url, tmp_path / "out", row.trial)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("strike", [kill_in_the_middle, kill_before_the_rename])
+def test_killed_it_leaves_nothing_under_the_final_name(
+    url: str, row: Row, tmp_path: Path, strike: Callable[[], None]
+) -> None:
+    process, _ = in_child(url, tmp_path, row.trial, strike)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    name = f"trial-{row.trial:05d}"
+    assert [path.name for path in tmp_path.iterdir()] == [f".{name}.{process.pid}.part"]
+    exported(url, tmp_path, row.trial)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    read_manifest(tmp_path / name)
+
+
+def test_killed_between_two_renames_the_old_export_comes_back(url: str, row: Row, tmp_path: Path) -> None:
+    folder = exported(url, tmp_path, row.trial, weights=False)
+    before = tree(folder)
+    process, _ = in_child(url, tmp_path, row.trial, kill_between_the_renames, overwrite=True)
+    process.join()
+    assert not folder.exists()
+    with pytest.raises(ExportError, match="exists"):
+        exported(url, tmp_path, row.trial)
+    assert tree(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_of_two_exporters_one_wins_whole(url: str, row: Row, tmp_path: Path) -> None:
+    both = [in_child(url, tmp_path, row.trial, nothing) for _ in range(2)]
+    outcomes = sorted(queue.get() for _, queue in both)
+    for process, _ in both:
+        process.join()
+    assert outcomes[0] == ("", "")
+    assert outcomes[1][0] == "ExportError"
+    assert "exists" in outcomes[1][1]
+    assert [path.name for path in tmp_path.iterdir()] == [f"trial-{row.trial:05d}"]
+    read_manifest(tmp_path / f"trial-{row.trial:05d}")
+
+
+def test_who_waits_for_an_export_that_fails_goes_on(tmp_path: Path) -> None:
+    """The failed one takes the folder away that it made; the other must not write into the removed one."""
+    out, entered, done = tmp_path / "out", threading.Event(), []
+
+    def wait_and_write() -> None:
+        entered.wait(10)
+        with search.staging.locked_folder(out), search.staging.staged_folder(out / "trial-00001") as staging:
+            (staging / "x").write_text("x")
+        done.append(1)
+
+    thread = threading.Thread(target=wait_and_write)
+    thread.start()
+    with pytest.raises(RuntimeError), search.staging.locked_folder(out):
+        entered.set()
+        thread.join(0.3)
+        raise RuntimeError
+    thread.join(10)
+    assert done
+    assert (out / "trial-00001" / "x").read_text() == "x"
+
+
+def test_without_locks_the_rename_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(search.staging.fcntl, "flock", no_locks)
+    final = tmp_path / "trial-00001"
+    with (
+        pytest.raises(ExportError, match="another export made it meanwhile. It is left as it is.$"),
+        search.staging.locked_folder(tmp_path),
+        search.staging.staged_folder(final) as staging,
+    ):
+        (staging / "x").write_text("mine")
+        final.mkdir()
+        (final / "x").write_text("theirs")
+    assert (final / "x").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == [final.name]
+
+
+def test_tokenizer_files_are_all_known(tmp_path: Path) -> None:
+    pico_tokenizer(chat_template="x").save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= set(TAGALONG)
