@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
 from search.board import Board, Row
 from search.errors import ConfigError
 from search.front import best, knee, prefer
@@ -19,20 +24,20 @@ def pick(board: Board, selection: str) -> Row:
     Raises:
         ConfigError: no such selection, objective or trial.
     """
-    front = board.front
-    points = board.points(front, "search")
     names = [name for name, _ in board.objectives]
     if selection == "knee":
-        return front[knee(points, maximise=board.maximize)]
+        return _chosen(board, lambda points: knee(points, maximise=board.maximize))
     if selection.startswith("trial:"):
         number = selection.removeprefix("trial:")
         if not number.isdigit():
             raise ConfigError(f"--select {selection}: wanted trial:N, such as trial:17.")
         return board.row(int(number))
     if selection.startswith("prefer:"):
-        return front[prefer(points, _preferences(selection, names), maximise=board.maximize)]
+        weights = _preferences(selection, names)
+        return _chosen(board, lambda points: prefer(points, weights, maximise=board.maximize))
     if selection.startswith("best-"):
-        return front[best(points, _objective(selection, names), maximise=board.maximize)]
+        objective = _objective(selection, names)
+        return _chosen(board, lambda points: best(points, objective, maximise=board.maximize))
     raise ConfigError(
         f"--select {selection}: wanted knee, best-accuracy, best-calibration, trial:N or prefer:{names[0]}=0.7,..."
     )
@@ -42,6 +47,11 @@ def named_picks(board: Board) -> dict[str, Row]:
     """The picks that tables and pictures point out: the best of each objective, and the knee."""
     picks = {f"best {name}": pick(board, f"best-{name}") for name, _ in board.objectives}
     return {**picks, "knee": pick(board, "knee")}
+
+
+def _chosen(board: Board, choose: Callable[[NDArray[np.float64]], int]) -> Row:
+    front = board.front
+    return front[choose(board.points(front, "search"))]
 
 
 def _objective(selection: str, names: list[str]) -> int:

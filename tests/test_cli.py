@@ -103,7 +103,9 @@ def test_front_json_follows_the_contract(cli: Cli, finished_study: tuple[Path, s
         if trial["front"] or trial["kind"] != "search":
             assert set(trial["report"]) == {"accuracy", "ece", "brier", "nll", "auroc"}
     assert any(trial["front"] for trial in front["trials"])
-    assert cli("front", study, "--storage", url, "--format", "json")[1] == out, "same bytes twice, by name or by file"
+    assert cli("front", study, "--storage", url, "--format", "json")[1] == out, (
+        "same bytes twice, by name or by file"
+    )
     code, out, _ = cli("front", "pico", "--storage", url, "-f", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [int(row["trial"]) for row in rows] == list(range(19))
@@ -120,14 +122,46 @@ def test_front_json_follows_the_contract(cli: Cli, finished_study: tuple[Path, s
         (("status", "none"), 4, "runs/none/study.db: no such storage. Launch a study first"),
         (("front", "pico", "--storage", "mysql://x"), 4, "wanted sqlite:///PATH or postgresql"),
         (("front", "pico", "--storage", "{url}", "--split", "test"), 2, "Invalid value"),
-        (("export", "lama", "--storage", "{url}", "--out", "x"), 4, "no study 'lama'. This storage has: pico"),
-        (("export", "pico", "--storage", "{url}", "--out", "x", "--select", "trial:99"), 2, "no complete trial"),
-        (("export", "pico", "--storage", "{url}", "--out", "x", "--select", "bset"), 2, "wanted knee, best-accuracy"),
-        (("export", "pico", "--storage", "{url}", "--out", "x", "--select", "best-nll"), 2, "'nll' is no objective"),
-        (("export", "pico", "--storage", "{url}", "--out", "x", "--select", "prefer:ece=-1"), 2, "prefer: weights"),
-        (("export", "pico", "--storage", "{url}", "--out", "x", "--select", "prefer:ece"), 2, "wanted such as"),
-        (("export", "pico", "--storage", "{url}", "--out", "x", "--select", "knee", "--all"), 2, "give one of them"),
-        (("resume", "pico", "--storage", "{url}", "--trials", "many"), 2, "wanted a number such as 80, or +50"),
+        (
+            ("export", "lama", "--storage", "{url}", "--out", "x"),
+            4,
+            "no study 'lama'. This storage has: pico",
+        ),
+        (
+            ("export", "pico", "--storage", "{url}", "--out", "x", "--select", "trial:99"),
+            2,
+            "no complete trial",
+        ),
+        (
+            ("export", "pico", "--storage", "{url}", "--out", "x", "--select", "bset"),
+            2,
+            "wanted knee, best-accuracy",
+        ),
+        (
+            ("export", "pico", "--storage", "{url}", "--out", "x", "--select", "best-nll"),
+            2,
+            "'nll' is no objective",
+        ),
+        (
+            ("export", "pico", "--storage", "{url}", "--out", "x", "--select", "prefer:ece=-1"),
+            2,
+            "prefer: weights",
+        ),
+        (
+            ("export", "pico", "--storage", "{url}", "--out", "x", "--select", "prefer:ece"),
+            2,
+            "wanted such as",
+        ),
+        (
+            ("export", "pico", "--storage", "{url}", "--out", "x", "--select", "knee", "--all"),
+            2,
+            "give one of them",
+        ),
+        (
+            ("resume", "pico", "--storage", "{url}", "--trials", "many"),
+            2,
+            "wanted a number such as 80, or +50",
+        ),
         (("resume", "pico", "--storage", "{url}", "--device", "tpu"), 2, "wanted auto, cpu, cuda"),
         (("resume", "pico", "--storage", "{url}", "--device", "cuda:7"), 2, "CUDA devices here"),
         (("launch", "{study}", "--set", "space.hgih=1"), 2, "Did you mean 'high'?"),
@@ -192,7 +226,10 @@ def test_ctrl_c_prints_how_to_go_on(tmp_path: Path) -> None:
     study = write_study(tmp_path / "study", trials=2000)
     url = f"sqlite:///{tmp_path / 'study.db'}"
     process = subprocess.Popen(
-        _command("launch", study, "--storage", url, "--workers", "2"), stderr=subprocess.PIPE, text=True, cwd=os.getcwd()
+        _command("launch", study, "--storage", url, "--workers", "2"),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=os.getcwd(),
     )
     assert process.stderr is not None
     while "trial 12" not in (line := process.stderr.readline()):

@@ -78,7 +78,12 @@ def test_equal_evaluations_are_equal_bytes(evaluator: Evaluator, tmp_path: Path)
     # another process: another hash seed, which the library's own metadata order depends on
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     ran = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert ran.stdout.strip() == first
 
@@ -103,7 +108,13 @@ def test_evidence_that_does_not_fit_is_refused(evaluator: Evaluator, tmp_path: P
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(EvaluationError, match="the file was changed"):
         Evaluation.load(path, sha256=digest)
-    for broken in (b"", good[:-4], good[:30], b"\x00" * 8 + good[8:], good.replace(b"evaluation-1", b"evaluation-9")):
+    for broken in (
+        b"",
+        good[:-4],
+        good[:30],
+        b"\x00" * 8 + good[8:],
+        good.replace(b"evaluation-1", b"evaluation-9"),
+    ):
         path.write_bytes(broken)
         with pytest.raises(EvaluationError, match=r"e\.safetensors: "):
             Evaluation.load(path)

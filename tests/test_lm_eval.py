@@ -71,12 +71,16 @@ def their_task(file: str, data: Path, folder: str, shots: int) -> Any:
     return ConfigurableTask(config=config)
 
 
-def our_questions(preset: str, form: Any, data: Path, folder: str, shots: int, tmp: Path) -> tuple[Question, ...]:
+def our_questions(
+    preset: str, form: Any, data: Path, folder: str, shots: int, tmp: Path
+) -> tuple[Question, ...]:
     rows = datasets.load_from_disk(str(data / folder / "validation"))
     rows.select(range(min(ROWS, len(rows)))).save_to_disk(str(tmp / "validation"))
     if (data / folder / "dev").exists():
         datasets.load_from_disk(str(data / folder / "dev")).save_to_disk(str(tmp / "dev"))
-    task = TaskConfig(preset=preset, path=str(tmp), format=form, shots=shots, split="validation", normalize="bytes")
+    task = TaskConfig(
+        preset=preset, path=str(tmp), format=form, shots=shots, split="validation", normalize="bytes"
+    )
     found = load_questions([task], SplitConfig(), None)
     return (*found.search, *found.report)
 
@@ -116,7 +120,9 @@ def test_prompts_and_predictions(pair: tuple[str, str], shots: int, data: Path, 
         answers = peer.loglikelihood([_request(one) for one in pairs], disable_tqdm=True)
         wanted = np.array([score for score, _ in answers])
         n = len(pairs)
-        assert np.abs(evaluation.loglikelihood[i, :n] - wanted).max() < 1e-3  # float32 of sums in the hundreds
+        assert (
+            np.abs(evaluation.loglikelihood[i, :n] - wanted).max() < 1e-3
+        )  # float32 of sums in the hundreds
         result = task.process_results(doc, answers)
         assert result["acc"] == float(wanted.argmax() == question.gold)
         if "acc_norm" in result:

@@ -27,7 +27,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
-    "gemma2": ("gemma2", {"sliding_window": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    ),
     "gemma3": ("gemma3", {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
     "olmo2": ("olmo2", {}),
     "gpt_neox": ("gpt_neox", {}),
@@ -139,11 +142,17 @@ def test_options_with_contexts_of_their_own() -> None:
     scorer = Scorer(layout("qwen3"), pico_tokenizer())
     agree(scorer, (twin, *some_questions(3, 0, False)))
     encoded = encode_questions((twin,), scorer.tokenizer, scorer.limit)
-    assert [len(s) - start for s, start in zip(encoded[0].sequences, encoded[0].starts, strict=True)] == [13] * 3
+    assert [len(s) - start for s, start in zip(encoded[0].sequences, encoded[0].starts, strict=True)] == [
+        13
+    ] * 3
 
 
 def test_different_numbers_of_options_and_equal_options() -> None:
-    questions = (question("a b", [" x", " x"]), question("c", [" y", " yz", " yzz", " q"]), question("d d", [" p"]))
+    questions = (
+        question("a b", [" x", " x"]),
+        question("c", [" y", " yz", " yzz", " q"]),
+        question("d d", [" p"]),
+    )
     scores = Scorer(layout("llama"), pico_tokenizer()).loglikelihoods(questions)
     assert scores.total[0, 0] == scores.total[0, 1]
     assert np.isneginf(scores.total[0, 2:]).all()
@@ -322,7 +331,9 @@ def test_every_token_is_fed_once_and_every_read_has_its_history(encoded: list[En
             question = encoded[row.question]
             distinct = {s[:n] for s in question.sequences for n in range(len(group.prefix) + 1, len(s))}
             assert len(row) == len(distinct)
-            assert len(row.reads) == sum(len(s) - b for s, b in zip(question.sequences, question.starts, strict=True))
+            assert len(row.reads) == sum(
+                len(s) - b for s, b in zip(question.sequences, question.starts, strict=True)
+            )
 
 
 def test_the_prefix_that_saves_most_is_taken() -> None:

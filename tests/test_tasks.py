@@ -164,7 +164,11 @@ def test_missing_paths_are_refused_without_the_network(tmp_path: Path) -> None:
 
 
 def test_names_of_tasks() -> None:
-    tasks = [TaskConfig(path="data/mine.jsonl"), TaskConfig(preset="mmlu", subset="anatomy"), TaskConfig(preset="piqa")]
+    tasks = [
+        TaskConfig(path="data/mine.jsonl"),
+        TaskConfig(preset="mmlu", subset="anatomy"),
+        TaskConfig(preset="piqa"),
+    ]
     assert task_names(tasks) == ("mine", "mmlu-anatomy", "piqa")
     with pytest.raises(ConfigError, match=r"tasks\[3\]\.name: 'piqa' is the name of tasks\[2\]"):
         task_names([*tasks, TaskConfig(preset="piqa", shots=5)])
@@ -248,18 +252,25 @@ def test_a_side_without_questions_is_refused(tmp_path: Path) -> None:
 
 def test_examples_come_from_the_front_and_are_scored_nowhere(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", rows(12))
-    tasks = [TaskConfig(path=str(path), shots=2, name="two"), TaskConfig(path=str(path), format="letter", name="none")]
+    tasks = [
+        TaskConfig(path=str(path), shots=2, name="two"),
+        TaskConfig(path=str(path), format="letter", name="none"),
+    ]
     found = load_questions(tasks, SPLIT, None)
     shown = "Question: What is 0?\nAnswer: it is 0\n\nQuestion: What is 1?\nAnswer: it is 2\n\n"
     assert all(q.context.startswith(shown) for q in all_of(found) if q.task == 0)
     assert len(all_of(found)) == 20
-    assert not any("What is 0?" in q.context or "What is 1?" in q.context for q in all_of(found) if q.task == 1)
+    assert not any(
+        "What is 0?" in q.context or "What is 1?" in q.context for q in all_of(found) if q.task == 1
+    )
     assert any("2 questions are few-shot examples" in note for note in found.notes)
 
 
 def test_letter_examples_end_with_the_letter(tmp_path: Path) -> None:
     found = load(write(tmp_path / "q.jsonl", rows(5)), shots=1, format="letter")
-    assert found.search[0].context.startswith("Question: What is 0?\nA. it is 0\nB. it is 1\nC. nothing\nAnswer: A\n\n")
+    assert found.search[0].context.startswith(
+        "Question: What is 0?\nA. it is 0\nB. it is 1\nC. nothing\nAnswer: A\n\n"
+    )
 
 
 def test_examples_leave_something_to_score(tmp_path: Path) -> None:
@@ -279,7 +290,10 @@ def test_one_saved_dataset(tmp_path: Path) -> None:
 
 def test_a_folder_of_splits_gives_examples_from_its_other_split(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    both = {"train": datasets.Dataset.from_list(rows(3, 100)), "validation": datasets.Dataset.from_list(rows(8))}
+    both = {
+        "train": datasets.Dataset.from_list(rows(3, 100)),
+        "validation": datasets.Dataset.from_list(rows(8)),
+    }
     datasets.DatasetDict(both).save_to_disk(str(tmp_path / "dict"))
     found = load(tmp_path / "dict", split="validation", shots=3)
     assert len(all_of(found)) == 8
@@ -405,7 +419,9 @@ PRESET_ROWS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
 
 def variants(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The row and three others, so that both sides get a question."""
-    first = next(key for key, value in row.items() if isinstance(value, str) and value.strip() and key != "answerKey")
+    first = next(
+        key for key, value in row.items() if isinstance(value, str) and value.strip() and key != "answerKey"
+    )
     return [row, *({**row, first: f"{row[first]}{i}"} for i in range(3))]
 
 
@@ -458,7 +474,9 @@ def test_letters_of_sciq_do_not_give_the_answer_away(tmp_path: Path) -> None:
         ("mmlu", {"answer": 4}, "field 'answer' is 4, wanted 0 to 3"),
     ],
 )
-def test_rows_that_do_not_fit_a_preset(tmp_path: Path, name: str, change: dict[str, Any], message: str) -> None:
+def test_rows_that_do_not_fit_a_preset(
+    tmp_path: Path, name: str, change: dict[str, Any], message: str
+) -> None:
     row = PRESET_ROWS[name][0]
     with pytest.raises(ConfigError, match=rf"q\.jsonl:2: .*{message}"):
         load(write(tmp_path / "q.jsonl", [row, {**row, **change}]), preset=name)
