@@ -11,7 +11,7 @@ from search.board import SPLITS, Board, Cell, Row
 from search.mergekit_config import MERGEKIT, number
 from search.merging.header import shown
 
-_TITLES = {"search": "Search split (the recipe was chosen on it)", "report": "Report split (steered nothing)"}
+_TITLES = {"search": "Search split (it steered the search)", "report": "Report split (it steered nothing)"}
 
 
 def model_card(
@@ -54,6 +54,7 @@ def model_card(
         study=board.study,
         label=row.label if row.label.startswith("trial") else f"trial {row.trial} ({row.label})",
         method=row.method,
+        searched=row.kind not in ("pre", "post", "uniform"),
         dtype=dtype,
         objectives=" and ".join(f"{name} ({'up' if up else 'down'})" for name, up in board.objectives),
         parents=[_parent(name, parents[name]) for name in ("pre", "post")],

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-import search.export
-import search.merging.save
 import search.staging
 from search.board import Board, Row, read_board
 from search.config import load_study_file
@@ -32,16 +29,24 @@ from search.export import export_rows, portable_url
 from search.manifest import read_manifest
 from search.materials import Materials
 from search.merging.checkpoint import file_sha256
-from search.merging.save import TAGALONG
+from search.merging.save import TAGALONG, save_checkpoint
 from search.picks import pick
 from search.space import Recipe
 from search.storage import StudyStore
 from search.strict_yaml import load_yaml
 from search.study import create, run
+from tests.export_process import (
+    exported,
+    in_child,
+    kill_before_the_rename,
+    kill_between_the_renames,
+    kill_in_the_middle,
+    limit_files,
+    nothing,
+)
 from tests.pico import pico_tokenizer
 from tests.pico_study import write_questions, write_study
-
-_context = multiprocessing.get_context("forkserver")
+from tests.test_mergekit_config import differing, loaded
 
 
 def made_study(folder: Path, **keys: Any) -> str:
@@ -80,13 +85,6 @@ def row(board: Board) -> Row:
     return board.of_kind("search")[0]
 
 
-def exported(url: str, out: Path, trial: int, *, weights: bool = True, **options: Any) -> Path:
-    store = StudyStore.open(url, "pico")
-    board = read_board(store)
-    options = {"overwrite": False, "overrides": [], **options}
-    return export_rows(store, board, [board.row(trial)], out, weights=weights, **options)[0]
-
-
 def tree(folder: Path) -> dict[str, str]:
     """Every file below with its digest."""
     return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -117,10 +115,9 @@ def test_mergekit_rebuilds_the_exported_trial(url: str, row: Row, tmp_path: Path
     folder = exported(url, tmp_path, row.trial)
     config = yaml.safe_load((folder / "mergekit_config.yml").read_text())
     run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "rebuilt"), MergeOptions(quiet=True))
-    ours = load_file(folder / "model" / "model.safetensors")
-    theirs = load_file(tmp_path / "rebuilt" / "model-00001-of-00001.safetensors")
+    ours, theirs = loaded(folder / "model"), loaded(tmp_path / "rebuilt")
     assert ours.keys() == theirs.keys()
-    assert sum(int((ours[name] != theirs[name]).sum()) for name in ours) == 0
+    assert differing(ours, theirs) == 0
 
 
 def test_manifest_recipe_and_card(
@@ -163,7 +160,7 @@ def test_shards_have_an_index_and_one_tensor_at_a_time(
     from transformers import AutoModelForCausalLM
 
     whole = load_file(exported(url, tmp_path / "whole", row.trial) / "model" / "model.safetensors")
-    monkeypatch.setitem(search.merging.save.save_checkpoint.__kwdefaults__, "shard_bytes", 20_000)
+    monkeypatch.setattr("search.export.save_checkpoint", partial(save_checkpoint, shard_bytes=20_000))
     model = exported(url, tmp_path / "shards", row.trial) / "model"
     shards = sorted(model.glob("*.safetensors"))
     assert len(shards) > 3
@@ -200,11 +197,10 @@ def test_bfloat16_tied_slerp_by_tensor(tmp_path: Path) -> None:
     config = yaml.safe_load((folder / "mergekit_config.yml").read_text())
     assert (config["merge_method"], config["out_dtype"]) == ("linear", "bfloat16")
     run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "rebuilt"), MergeOptions(quiet=True))
-    ours = load_file(folder / "model" / "model.safetensors")
-    theirs = load_file(tmp_path / "rebuilt" / "model-00001-of-00001.safetensors")
+    ours, theirs = loaded(folder / "model"), loaded(tmp_path / "rebuilt")
     assert "lm_head.weight" not in ours
     assert ours.keys() == theirs.keys()
-    assert sum(int((ours[n].view(torch.int16) != theirs[n].view(torch.int16)).sum()) for n in ours) == 0
+    assert differing(ours, theirs) == 0
 
 
 # -- where it goes ----------------------------------------------------------------------------------------------
@@ -234,9 +230,9 @@ def test_what_is_not_an_export_is_never_replaced(url: str, row: Row, tmp_path: P
 
 def test_out_must_be_a_folder(url: str, row: Row, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ExportError, match="file: is a file. Give a folder.$"):
+    with pytest.raises(ExportError, match=r"file: is a file. Give a folder.$"):
         exported(url, tmp_path / "file", row.trial)
-    with pytest.raises(ExportError, match="a part of this path is a file. Give a folder.$"):
+    with pytest.raises(ExportError, match=r"a part of this path is a file. Give a folder.$"):
         exported(url, tmp_path / "file" / "below", row.trial)
 
 
@@ -255,8 +251,10 @@ def test_moved_and_changed_parents(url: str, row: Row, tmp_path: Path) -> None:
     folder = exported(url, tmp_path / "a", row.trial, overrides=[f"parents.post={moved}"])
     assert f'  - model: "{moved}"' in (folder / "mergekit_config.yml").read_text()
     with (moved / "model.safetensors").open("r+b") as stream:
-        stream.seek(-1, os.SEEK_END)
-        stream.write(b"\x3f")
+        stream.seek(-3, os.SEEK_END)
+        byte = stream.read(1)[0]
+        stream.seek(-3, os.SEEK_END)
+        stream.write(bytes([byte ^ 1]))
     with pytest.raises(ConfigError, match=r"parents changed since it began \(sha256 "):
         exported(url, tmp_path / "b", row.trial, overrides=[f"parents.post={moved}"])
     assert not (tmp_path / "b").exists()
@@ -281,61 +279,6 @@ def test_storage_is_written_down_without_password(tmp_path: Path, monkeypatch: p
 # -- whole or absent --------------------------------------------------------------------------------------------
 
 
-def _outcome(
-    url: str, out: str, trial: int, prepare: Callable[[], None], options: dict[str, Any], queue: Any
-) -> None:
-    prepare()
-    try:
-        exported(url, Path(out), trial, **options)
-    except Exception as error:
-        queue.put((type(error).__name__, str(error)))
-    else:
-        queue.put(("", ""))
-
-
-def in_child(url: str, out: Path, trial: int, prepare: Callable[[], None], **options: Any) -> tuple[Any, Any]:
-    """Starts an export in a child process that first calls `prepare`; returns the process and its outcome's queue."""
-    queue = _context.SimpleQueue()
-    process = _context.Process(target=_outcome, args=(url, str(out), trial, prepare, options, queue))
-    process.start()
-    return process, queue
-
-
-def nothing() -> None:
-    pass
-
-
-def limit_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-
-def kill_in_the_middle() -> None:
-    merge, calls = search.merging.save.weighted_sum, []
-
-    def strike(*arguments: Any, **options: Any) -> None:
-        calls.append(1)
-        if len(calls) == 10:
-            os.kill(os.getpid(), signal.SIGKILL)
-        merge(*arguments, **options)
-
-    search.merging.save.weighted_sum = strike
-
-
-def kill_before_the_rename() -> None:
-    search.staging._put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_between_the_renames() -> None:
-    rename = os.rename
-
-    def strike(source: Any, target: Any) -> None:
-        rename(source, target)
-        if str(target).endswith(".old"):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.rename = strike
-
-
 def test_a_full_disk_changes_nothing(url: str, row: Row, tmp_path: Path) -> None:
     folder = exported(url, tmp_path, row.trial, weights=False)
     before = tree(tmp_path)
@@ -358,7 +301,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     url: str, row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(search.staging.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    monkeypatch.setattr("search.staging.shutil.disk_usage", lambda _: usage._replace(free=2**20))
     with pytest.raises(
         DiskError,
         match=r"no space left on the disk \(needs 1 MiB, 1 MiB free\). Nothing was changed; trials are safe.$",
@@ -375,7 +318,9 @@ def test_a_disk_that_fills_up_meanwhile(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(search.staging, "sync_tree", full)
-    with pytest.raises(DiskError, match="no space left on the disk.* Nothing was changed; trials are safe.$"):
+    with pytest.raises(
+        DiskError, match=r"no space left on the disk.* Nothing was changed; trials are safe.$"
+    ):
         exported(url, tmp_path / "out", row.trial)
     assert list(tmp_path.iterdir()) == []
 
@@ -430,10 +375,15 @@ def test_who_waits_for_an_export_that_fails_goes_on(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=wait_and_write)
     thread.start()
-    with pytest.raises(RuntimeError), search.staging.locked_folder(out):
-        entered.set()
-        thread.join(0.3)
-        raise RuntimeError
+
+    def fail() -> None:
+        with search.staging.locked_folder(out):
+            entered.set()
+            thread.join(0.3)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     thread.join(10)
     assert done
     assert (out / "trial-00001" / "x").read_text() == "x"
@@ -443,16 +393,17 @@ def test_without_locks_the_rename_decides(tmp_path: Path, monkeypatch: pytest.Mo
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(search.staging.fcntl, "flock", no_locks)
+    monkeypatch.setattr("search.staging.fcntl.flock", no_locks)
     final = tmp_path / "trial-00001"
-    with (
-        pytest.raises(ExportError, match="another export made it meanwhile. It is left as it is.$"),
-        search.staging.locked_folder(tmp_path),
-        search.staging.staged_folder(final) as staging,
-    ):
-        (staging / "x").write_text("mine")
-        final.mkdir()
-        (final / "x").write_text("theirs")
+
+    def write() -> None:
+        with search.staging.locked_folder(tmp_path), search.staging.staged_folder(final) as staging:
+            (staging / "x").write_text("mine")
+            final.mkdir()
+            (final / "x").write_text("theirs")
+
+    with pytest.raises(ExportError, match=r"another export made it meanwhile. It is left as it is.$"):
+        write()
     assert (final / "x").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == [final.name]
 

@@ -189,7 +189,7 @@ def test_tensor_coefficients_are_averaged_by_layer_and_component() -> None:
     values = {name: float(i) for i, name in enumerate(names)}
     grid = coefficient_grid({**values, "vision.patch": 3.0, "vision.bias": 5.0})
     mlp = [value for name, value in values.items() if "layers.1.mlp" in name]
-    assert (1.0, "mlp", "1", np.mean(mlp)) in grid.layers
+    assert (1.0, "mlp", "1", float(np.mean(mlp))) in grid.layers
     assert grid.components == ("attention", "mlp", "norms")
     assert dict(grid.outside)["embeddings"] == 0.0
     assert dict(grid.outside)["other"] == 4.0

@@ -96,7 +96,8 @@ def weighted_sum(
 def _fill_in_cache(
     pre: torch.Tensor, post: torch.Tensor, w_pre: float, w_post: float, target: torch.Tensor
 ) -> None:
-    zero, total, cast = _zeros(), torch.empty(CHUNK), torch.empty(CHUNK)
+    zero = _zeros()
+    total, cast = (torch.empty(min(CHUNK, target.numel())) for _ in range(2))
     for start in range(0, target.numel(), CHUNK):
         part = target[start : start + CHUNK]
         size = part.numel()

@@ -1,0 +1,163 @@
+"""The main path when things go wrong inside a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from objectives.evaluator import Evaluation
+from search.config import load_study_file
+from search.errors import EvaluationError, TooManyFailuresError
+from search.evidence import EvidenceFolder
+from search.materials import Materials
+from search.observer import Observer
+from search.samplers import Proposal
+from search.storage import StudyStore, TrialRecord
+from search.study import BASELINES, create, front_of, run, set_budget
+from tests.pico_study import write_study
+
+FIRST = len(BASELINES)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> tuple[StudyStore, Materials]:
+    study = write_study(tmp_path, trials=6)
+    return create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
+
+
+class Failing(Observer):
+    """Raises from within the evaluation of the trials that `when` names."""
+
+    def __init__(self, when: Callable[[int], bool], error: BaseException) -> None:
+        self._when, self._error, self._trial = when, error, -1
+        self.reasons: list[str] = []
+
+    def step(self, step: str, trial: TrialRecord) -> None:
+        self._trial = trial.number
+        if step == "merged" and self._when(trial.number):
+            raise self._error
+
+    def failed(self, trial: TrialRecord, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [EvaluationError("question 3: not a number."), RuntimeError("CUDA out of memory"), MemoryError()],
+    ids=["evaluation", "torch", "memory"],
+)
+def test_a_failing_trial_is_recorded_and_replaced(
+    opened: tuple[StudyStore, Materials], error: Exception
+) -> None:
+    store, materials = opened
+    observer = Failing(lambda number: number in (FIRST, FIRST + 2), error)
+    run(store, materials, observer)
+    trials = store.trials()
+    assert [t.number for t in trials if t.state == "failed"] == [FIRST, FIRST + 2]
+    assert sum(t.state == "complete" for t in trials) == FIRST + 6
+    assert trials[FIRST].attributes["error"] == observer.reasons[0] != ""
+
+
+def test_a_defect_is_no_failed_trial(opened: tuple[StudyStore, Materials]) -> None:
+    """A bug must show itself: only what a recipe can cause is recorded as its failure."""
+    store, materials = opened
+    with pytest.raises(KeyError):
+        run(store, materials, Failing(lambda number: number == FIRST, KeyError("bug")))
+
+
+def test_five_failures_in_a_row_stop_the_study(opened: tuple[StudyStore, Materials]) -> None:
+    store, materials = opened
+    with pytest.raises(
+        TooManyFailuresError, match=r"trials 11 to 15 failed in a row; the last one: no\. Mend"
+    ):
+        run(store, materials, Failing(lambda number: number >= FIRST, EvaluationError("no.")))
+    with pytest.raises(TooManyFailuresError):
+        run(store, materials)
+    assert len(store.trials()) == FIRST + 5
+
+
+def test_a_failing_baseline_ends_the_study_at_once(opened: tuple[StudyStore, Materials]) -> None:
+    store, materials = opened
+    with pytest.raises(EvaluationError, match=r"trial 1 \(post\): broken. A study needs its baselines"):
+        run(store, materials, Failing(lambda number: number == 1, EvaluationError("broken.")))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_never_reaches_the_front(
+    opened: tuple[StudyStore, Materials], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    store, materials = opened
+    count = [0]
+
+    def odd(outcomes: Any, weights: Any = None) -> Any:
+        count[0] += 1
+        return np.array([value if count[0] == FIRST + 2 else 0.5])
+
+    metrics = (replace(materials.metrics[0], function=odd), materials.metrics[1])
+    run(store, replace(materials, metrics=metrics), report=False)
+    failed = [t for t in store.trials() if t.state == "failed"]
+    assert [t.number for t in failed] == [FIRST + 1]
+    assert "wanted a finite number" in failed[0].attributes["error"]
+
+
+def test_a_recipe_proposed_twice_is_scored_once(
+    opened: tuple[StudyStore, Materials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, materials = opened
+
+    class Repeating:
+        def baseline_tags(self, index: int) -> dict[str, Any]:
+            return {}
+
+        def propose(self, history: Any, draw: int) -> Proposal:
+            return Proposal({name: 0.25 + 0.5 * (draw % 2) for name in materials.space.names})
+
+    monkeypatch.setattr("search.study.make_engine", lambda *_: Repeating())
+    scored: list[str] = []
+    evaluate = Materials.evaluate
+
+    def counting(self: Materials, split: Any, progress: Any = None) -> Evaluation:
+        scored.append(split)
+        return evaluate(self, split, progress)
+
+    monkeypatch.setattr(Materials, "evaluate", counting)
+    run(store, materials, report=False)
+    assert len(scored) == FIRST + 2
+    trials = store.trials()
+    assert [t.attributes.get("same_as") for t in trials[FIRST:]] == [None, None, 11, 12, 11, 12]
+    assert trials[15].values == trials[11].values
+
+
+def test_equal_recipes_give_equal_evidence(opened: tuple[StudyStore, Materials], tmp_path: Path) -> None:
+    """Same recipe, same machine: the same bytes, whatever was merged in between."""
+    _, materials = opened
+    digests = []
+    for coefficient in (0.3, 1.0, 0.3):
+        materials.merge(materials.space.uniform(coefficient))
+        digests.append(
+            EvidenceFolder(f"sqlite:///{tmp_path / 'x.db'}", "x").save(materials.evaluate("search"))
+        )
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_no_search_trials_is_the_uniform_line(opened: tuple[StudyStore, Materials]) -> None:
+    store, materials = opened
+    assert set_budget(store, "0") == 0
+    run(store, materials)
+    assert [t.kind for t in store.trials()] == ["pre", "post", *["uniform"] * 9]
+    assert front_of([], [True, False]) == set()
+
+
+@pytest.mark.parametrize(
+    "merge", [{"method": "slerp", "dtype": "float32"}, {"method": "linear", "dtype": "bfloat16"}]
+)
+def test_other_methods_and_dtypes(tmp_path: Path, merge: dict[str, str]) -> None:
+    study = write_study(tmp_path, trials=2, merge=merge, parents={"dtype": "bfloat16"})
+    store, materials = create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
+    run(store, materials)
+    assert all(t.state == "complete" for t in store.trials())
