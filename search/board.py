@@ -294,14 +294,16 @@ def _volume(
     objectives: Sequence[tuple[str, bool]],
     reference: Mapping[str, float],
 ) -> Volume:
-    """Hypervolumes of one split; all zero before the split is scored."""
+    """Hypervolumes of one split; all zero until front and uniform line are scored on it."""
     names = [name for name, _ in objectives]
     maximise = tuple(maximize for _, maximize in objectives)
     corner = [reference[name] for name in names]
     point: list[float] = []
     drawn: list[NDArray[np.float64]] = []
     for wanted in (lambda row: row.front, lambda row: row.kind in ("pre", "post", "uniform")):
-        chosen = [row for row in rows if wanted(row) and row.trial in samples]
+        chosen = [row for row in rows if wanted(row)]
+        if not all(row.trial in samples for row in chosen):
+            chosen = []  # half a split would be another comparison
         values = [[row.on(split)[name].value for name in names] for row in chosen]
         point.append(hypervolume(values, corner, maximise=maximise) if chosen else 0.0)
         stack = [np.stack([samples[row.trial][name] for name in names], axis=-1) for row in chosen]

@@ -330,6 +330,7 @@ def _run(
 ) -> None:
     from search.board import read_board
     from search.console import stderr_console
+    from search.database import shown, sqlite_path
     from search.progress import ProgressPrinter
     from search.study import run
     from search.tables import front_table
@@ -341,7 +342,9 @@ def _run(
         run(store, materials, printer, report=not as_worker)
     if not as_worker and not _OPTIONS["quiet"]:
         print(front_table(read_board(store)))
-        where = "" if store.url == _url(None, store.name) else f" --storage {store.url}"
+        local = sqlite_path(store.url) is not None
+        url = store.url if local else shown(store.url)  # a password is not printed
+        where = "" if store.url == _url(None, store.name) else f" --storage {url}"
         print(
             f"next: mergefront report {store.name}{where} --out runs/{store.name}/report\n"
             f"      mergefront export {store.name}{where} --select knee --weights --out runs/{store.name}/export",

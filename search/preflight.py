@@ -24,12 +24,14 @@ def describe(materials: Materials) -> list[str]:
         f"study       {config.name}",
         f"parents     {config.parents.pre}",
         f"            {config.parents.post}",
-        f"            {numbers:,} parameters, {len(parents.names)} tensors, architecture and tokenizers agree, all finite",
+        f"            {numbers:,} parameters, {len(parents.names)} tensors; architecture and tokenizers agree; "
+        "all finite",
         f"merge       {config.merge.method}, {config.merge.dtype}, coefficients in [{space.low:g}, {space.high:g}]",
         f"groups      {space.dim}: {_shortened(space.names)}",
         f"questions   {len(split.search)} search, {len(split.report)} report, of {', '.join(split.task_names)}",
         f"objectives  {', '.join(m.name + (' up' if m.maximize else ' down') for m in materials.metrics)}",
-        f"search      {config.sampler.engine} {config.sampler.name}, {len(BASELINES)} baselines + {config.trials} trials",
+        f"search      {config.sampler.engine} {config.sampler.name}, {len(BASELINES)} baselines "
+        f"+ {config.trials} trials",
         f"memory      {live / MIB:,.0f} MiB for the live model; the parents stay on disk, mapped",
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",

@@ -20,21 +20,23 @@ class Remark:
     tone: str = "plain"
 
 
-def read(board: Board, failed: int = 0) -> list[Remark]:
+def read(board: Board, failed: int = 0, split: Split | None = None) -> list[Remark]:
     """Remarks on a board, the most important first.
 
     Args:
         failed: number of trials that failed; they are on no board.
+        split: which split to speak of; None takes the report split once it is scored.
     """
-    split: Split = "report" if report_is_scored(board) else "search"
+    scored = report_is_scored(board)
+    split = split if split is not None and scored else "report" if scored else "search"
     remarks = [_gain(board, split)]
-    if split == "search":
+    if not scored:
         text = (
             "The report split is not scored yet. What follows is about the questions that steered the search, on "
             "which the front looks better than it is."
         )
         remarks.insert(0, Remark(text, "bad"))
-    else:
+    elif split == "report":
         remarks += [_parents(board), *_shrinkage(board)]
     remarks += [*_neighbours(board, split), *_beside(board)]
     if failed:

@@ -45,6 +45,7 @@ def write_report(store: StudyStore, out: Path) -> list[Path]:
         DiskError: a file cannot be written.
     """
     board, config = read_board(store), stored_config(store)
+    _make_folder(out / "plots")  # before the work: most of what can go wrong with `out` shows here
     setting = f"{config.sampler.engine} {config.sampler.name}, seed {config.sampler.seed}"
     panels, split = reliability_panels(store, board)
     where = f"{split.capitalize()} split{', unseen by the search' if split == 'report' else ''}"
@@ -180,7 +181,6 @@ def _write(path: Path, content: bytes) -> Path:
     """Writes a file whole: staged beside, synced, renamed."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with staged.open("wb") as stream:
                 stream.write(content)
@@ -191,8 +191,17 @@ def _write(path: Path, content: bytes) -> Path:
             staged.unlink(missing_ok=True)
             raise
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise DiskError(
-            f"{path}: cannot be written ({reason}). Make room, or choose another --out."
-        ) from error
+        raise _unwritable(path, error) from error
     return path
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DiskError:
+    reason = error.strerror or type(error).__name__
+    return DiskError(f"{path}: cannot be written ({reason}). Make room, or choose another --out.")

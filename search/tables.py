@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from search.board import Board, Cell, Row, Split
 from search.picks import named_picks
+from search.reading import read, report_is_scored
 
+WIDTH = 110
 ARROWS = {True: "up", False: "down"}
 
 
 def front_table(board: Board, split: str | None = None) -> str:
-    """Front, parents and uniform line on one split (`report` once it is scored), and three lines of reading."""
-    scored = any(row.report for row in board.rows)
+    """Front, parents and uniform line on one split (`report` once it is scored), and what they say."""
+    scored = report_is_scored(board)
     shown: Split = "report" if split == "report" or (split is None and scored) else "search"
     if shown == "report" and not scored:
         return (
@@ -21,8 +24,6 @@ def front_table(board: Board, split: str | None = None) -> str:
     metrics = _metrics(board, shown)
     notes = _notes(board)
     rows = [*board.front, *(row for row in board.uniform_line() if not row.front)]
-    if shown == "report":
-        rows = [row for row in rows if row.report]
     header = ["trial", "", *(f"{name} {ARROWS[up]}" if up is not None else name for name, up in metrics), ""]
     body = [
         [
@@ -35,7 +36,12 @@ def front_table(board: Board, split: str | None = None) -> str:
     ]
     lines = [f"{board.study}: {shown} split, {board.questions[shown]} questions, 95 % intervals", ""]
     lines += _aligned([header, *body])
-    return "\n".join([*lines, "", *_reading(board, shown)])
+    said = [remark.text for remark in read(board, split=shown)]
+    lines += [
+        "",
+        f"* on the front ({len(board.front)} of {len(board.rows)} trials), chosen on the search split",
+    ]
+    return "\n".join([*lines, *(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in said)])
 
 
 def _metrics(board: Board, split: Split) -> list[tuple[str, bool | None]]:
@@ -71,41 +77,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _reading(board: Board, split: Split) -> list[str]:
-    volume = board.hypervolume[split]
-    front, line = board.front, board.uniform_line()
-    searched = sum(row.kind == "search" for row in front)
-    lines = [
-        f"* on the front, chosen on the search split ({len(front)} of {len(board.rows)} trials, "
-        f"{searched} from the search)",
-        f"hypervolume {volume.front:.4f}, uniform line ({len(line)} points) {volume.uniform:.4f}: "
-        f"gain {volume.gain.value:+.4f} [{volume.gain.low:+.4f}, {volume.gain.high:+.4f}]{_ratio(board, split)}",
-    ]
-    if volume.gain.high < 0:
-        lines.append("here the uniform line is better: what was chosen on the search split does not hold up")
-    elif volume.gain.low <= 0:
-        lines.append("the gain over the uniform line is within the noise of these questions")
-    if split == "report":
-        both = [row for row in front if row.kind == "search" and _beats_parents(board, row)]
-        if both:
-            names = ", ".join(str(row.trial) for row in both[:8])
-            lines.append(
-                f"better than both parents in every objective, beyond their 95 % intervals: trial {names}"
-            )
-    return lines
-
-
-def _ratio(board: Board, split: Split) -> str:
-    volume = board.hypervolume[split]
-    return f" ({volume.front / volume.uniform:.2f} times)" if volume.uniform > 0 else ""
-
-
-def _beats_parents(board: Board, row: Row) -> bool:
-    """Whether every paired difference to both parents is on the good side with its whole interval."""
-    return bool(row.against) and all(
-        (cells[name].low > 0 if maximize else cells[name].high < 0)
-        for cells in row.against.values()
-        for name, maximize in board.objectives
-    )

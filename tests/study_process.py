@@ -17,7 +17,7 @@ from search.observer import Observer, Step
 from search.storage import StudyStore, TrialRecord
 from search.study import create, run
 
-# Children are forked from a server that has imported everything and computed nothing: no start-up, no inherited threads.
+# Children are forked from a server that imported everything and computed nothing: no start-up, no threads.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [

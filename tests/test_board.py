@@ -80,7 +80,7 @@ def test_a_study_without_its_parents_has_no_board(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     create(load_study_file(study), url, "cpu")
     with pytest.raises(
-        ConfigError, match="has not scored its parents yet. Resume it: mergefront resume pico"
+        ConfigError, match=r"has not scored its parents yet\. Resume it: mergefront resume pico"
     ):
         read_board(StudyStore.open(url, "pico"))
 

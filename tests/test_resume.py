@@ -131,7 +131,7 @@ def test_a_changed_study_is_refused_with_the_keys(study: Path, uninterrupted: st
     assert "trials" not in message
     with pytest.raises(ConfigError, match="only places may be set when resuming, found sampler"):
         reopen(uninterrupted, "pico", "cpu", ["sampler.seed=9"])
-    with pytest.raises(StorageError, match="no study 'lama'. This storage has: pico"):
+    with pytest.raises(StorageError, match=r"no study 'lama'\. This storage has: pico"):
         reopen(uninterrupted, "lama", "cpu")
 
 

@@ -115,7 +115,7 @@ def test_a_recipe_proposed_twice_is_scored_once(
             return {}
 
         def propose(self, history: Any, draw: int) -> Proposal:
-            return Proposal({name: 0.25 + 0.5 * (draw % 2) for name in materials.space.names})
+            return Proposal(dict.fromkeys(materials.space.names, 0.25 + 0.5 * (draw % 2)))
 
     monkeypatch.setattr("search.study.make_engine", lambda *_: Repeating())
     scored: list[str] = []

@@ -65,7 +65,7 @@ def reliability_figure(
     )
     # Placed by hand, in inches: both parts of a panel have one width, and the lower one is square.
     side = (width - _LEFT - _RIGHT - _BETWEEN * (per_row - 1)) / per_row
-    upper = 0.36 * side
+    upper = max(0.36 * side, 0.72)
     panel_height = _TITLE + upper + _GAP + side + _X_AXIS
     legend_at = caption_height(text, width)
     below = 0.0 if bare else legend_at + (0.34 if count == 1 else 0.22)
@@ -138,7 +138,7 @@ def _histogram(axes: Axes, panel: Panel, n_bins: int, tallest: float, *, first: 
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
     if first:
-        axes.set_ylabel("% of questions")
+        axes.set_ylabel("% of questions", fontsize=6.5)
         axes.yaxis.set_label_coords(-0.32 / _side(axes), 0.5)
     else:
         axes.tick_params(labelleft=False)

@@ -106,7 +106,9 @@ def drawn(function: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def render(figure: Figure) -> Picture:
     """The figure as PNG (300 dpi) and SVG; equal figures give equal bytes."""
-    return Picture(_saved(figure, "png"), render_svg(figure), float(figure.get_figwidth()))
+    png = _saved(figure, "png")
+    figure.set_layout_engine("none")  # it is laid out now; doing so again takes as long as drawing
+    return Picture(png, render_svg(figure), float(figure.get_figwidth()))
 
 
 def render_svg(figure: Figure) -> bytes:

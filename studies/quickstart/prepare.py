@@ -30,7 +30,9 @@ from world import Question, World, build_tokenizer
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("prepare.py", "train.py", "world.py")
-THREADS = 2  # part of the recipe: the order of float additions, so the bytes of the weights, may depend on it
+# One thread: the model is too small to share (two threads were up to ten times slower on a busy machine), and the
+# order of float additions, so the bytes of the weights, may depend on the number.
+THREADS = 1
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,13 @@ def build(folder: Path, settings: Settings) -> bool:
         staging = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(staging, ignore_errors=True)  # of a killed build: nobody else holds the lock
         staging.mkdir()
+        recipe = recipe_digest(
+            settings
+        )  # before the work: a source edited meanwhile makes the pair a stale one
         _fill(staging, settings)
         names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
         files = {name: _sha256(staging / name) for name in names}
-        stamp = {"recipe": recipe_digest(settings), "torch": torch.__version__, "files": files}
+        stamp = {"recipe": recipe, "torch": torch.__version__, "files": files}
         (staging / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
         for name in (*names, "stamp.json", "."):
             _sync(staging / name)

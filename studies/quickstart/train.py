@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +22,11 @@ CLIP = 1.0  # norm that the gradient of a step is cut to
 
 @dataclass(frozen=True)
 class Training:
-    """Sizes and lengths, as measured to fit two minutes on two cores.
+    """Sizes, lengths and learning rates.
 
     Attributes:
+        pretrain_rate: AdamW's learning rate of embeddings and norms.
+        matrix_rate: Muon's learning rate of all other matrices.
         statements: sentences of one pre-training step.
         questions: question rows of one pre-training step: the format is rare in the corpus.
         batch: questions of one supervised or preference step.
@@ -35,10 +37,11 @@ class Training:
     intermediate: int = 352
     layers: int = 4
     heads: int = 4
-    pretrain_steps: int = 1200
+    pretrain_steps: int = 750
     pretrain_rate: float = 3e-3
-    statements: int = 64
-    questions: int = 2
+    matrix_rate: float = 0.02
+    statements: int = 128
+    questions: int = 4
     supervise_steps: int = 100
     supervise_rate: float = 3e-4
     prefer_steps: int = 100
@@ -128,7 +131,13 @@ def pretrain(
         (statement_loss, n), (question_loss, m) = language_loss(model, stated), language_loss(model, answered)
         return (statement_loss + question_loss) / (n + m)
 
-    _descend(model, loss, training.pretrain_steps, training.pretrain_rate, weight_decay=0.1)
+    matrices = [t for name, t in model.named_parameters() if t.ndim == 2 and "embed" not in name]
+    others = [t for name, t in model.named_parameters() if t.ndim != 2 or "embed" in name]
+    optimizers = (
+        Muon(matrices, training.matrix_rate),
+        _adamw(others, training.pretrain_rate, weight_decay=0.1),
+    )
+    _descend(model, loss, training.pretrain_steps, optimizers)
 
 
 def supervise(
@@ -145,7 +154,7 @@ def supervise(
         gold = torch.tensor([question.answer for question in questions])
         return -answer_loglikelihoods(model, tokenizer, questions).gather(1, gold[:, None]).mean()
 
-    _descend(model, loss, training.supervise_steps, training.supervise_rate)
+    _descend(model, loss, training.supervise_steps, [_adamw(model.parameters(), training.supervise_rate)])
 
 
 def prefer(
@@ -172,22 +181,72 @@ def prefer(
             policy, answer_loglikelihoods(reference, tokenizer, questions).gather(1, pair), training.beta
         )
 
-    _descend(model, loss, training.prefer_steps, training.prefer_rate)
+    _descend(model, loss, training.prefer_steps, [_adamw(model.parameters(), training.prefer_rate)])
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of every matrix is made orthogonal: learns these facts in fewer steps than AdamW.
+
+    Steps as in Jordan et al. 2024 (kellerjordan.github.io/posts/muon), in float32. Matrices only.
+    """
+
+    def __init__(
+        self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Moves every matrix that has a gradient; takes no closure."""
+        for group in self.param_groups:
+            updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                update = matrix.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
+                updates.setdefault(matrix.shape, []).append((matrix, update))
+            for shape, pairs in updates.items():  # all matrices of one shape at once: few large products
+                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for (matrix, _), update in zip(
+                    pairs, orthogonal(torch.stack([u for _, u in pairs])), strict=True
+                ):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Nearly U V^T of each matrix U S V^T, (n, rows, columns) float32: singular values end between 0.6 and 1.3."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.transpose(1, 2)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):  # Newton-Schulz; the quintic's coefficients grow small singular values fastest
+        gram = x @ x.transpose(1, 2)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide else x.transpose(1, 2)
+
+
+def _adamw(tensors: Iterable[Tensor], rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(tensors, lr=rate, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
 def _descend(
-    model: LlamaForCausalLM, loss: Callable[[], Tensor], steps: int, rate: float, weight_decay: float = 0.0
+    model: LlamaForCausalLM,
+    loss: Callable[[], Tensor],
+    steps: int,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """AdamW with a linear warm-up over a tenth of the steps (30 at most), then a cosine down to a tenth of the rate."""
+    """Linear warm-up over a tenth of the steps (30 at most), then a cosine down to a tenth of each learning rate."""
     warmup = max(1, min(30, steps // 10))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     model.train()
     for step in range(steps):
         decay = 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
+        for group, rate in groups:
             group["lr"] = rate * decay * min(1.0, (step + 1) / warmup)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     model.eval()

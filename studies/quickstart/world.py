@@ -60,7 +60,11 @@ RELATIONS = (
         ("rice", "soup", "bread", "beans", "cheese", "fish", "pears", "noodles"),
     ),
     Relation(
-        ("{entity} plays the {value}.", "The instrument of {entity} is the {value}.", "{entity} practises the {value}."),
+        (
+            "{entity} plays the {value}.",
+            "The instrument of {entity} is the {value}.",
+            "{entity} practises the {value}.",
+        ),
         "Which instrument does {entity} play",
         ("flute", "drum", "harp", "violin", "oboe", "cello", "organ", "lute"),
     ),
