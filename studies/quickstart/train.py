@@ -37,16 +37,16 @@ class Training:
     intermediate: int = 352
     layers: int = 4
     heads: int = 4
-    pretrain_steps: int = 750
+    pretrain_steps: int = 600
     pretrain_rate: float = 3e-3
     matrix_rate: float = 0.02
-    statements: int = 128
-    questions: int = 4
-    supervise_steps: int = 100
+    statements: int = 64
+    questions: int = 2
+    supervise_steps: int = 60
     supervise_rate: float = 3e-4
-    prefer_steps: int = 100
-    prefer_rate: float = 1e-4
-    batch: int = 64
+    prefer_steps: int = 120
+    prefer_rate: float = 2e-4
+    batch: int = 48
     beta: float = 0.1
 
 
@@ -218,7 +218,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: Tensor) -> Tensor:
     """Nearly U V^T of each matrix U S V^T, (n, rows, columns) float32: singular values end between 0.6 and 1.3."""
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.transpose(1, 2)
+    x: Tensor = matrices if wide else matrices.transpose(1, 2)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):  # Newton-Schulz; the quintic's coefficients grow small singular values fastest
         gram = x @ x.transpose(1, 2)
