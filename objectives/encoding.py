@@ -63,9 +63,7 @@ def encode_questions(questions: Sequence[Question], tokenizer: Any, limit: int) 
     wanted = {context for context, _ in pairs if context}
     wanted |= {context + continuation for context, continuation in pairs if context}
     encoded = _encode_all(sorted(wanted), tokenizer)
-    bare = {
-        c: [int(t) for t in tokenizer.encode(c, add_special_tokens=False)] for ctx, c in pairs if not ctx
-    }
+    bare = {c: [int(t) for t in tokenizer.encode(c, add_special_tokens=False)] for ctx, c in pairs if not ctx}
     result = []
     at = 0
     for number, question in enumerate(questions):
@@ -115,5 +113,7 @@ def _encode_all(texts: list[str], tokenizer: Any) -> dict[str, list[int]]:
 def _after_nothing(tokens: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise ConfigError("tasks: a question has an empty context, but the tokenizer has neither BOS nor EOS token.")
+        raise ConfigError(
+            "tasks: a question has an empty context, but the tokenizer has neither BOS nor EOS token."
+        )
     return (tokens[:1], tokens[1:]) if tokens[:1] == [first] else ([int(first)], tokens)

@@ -67,7 +67,9 @@ class Evaluation:
             "task": self.outcomes.task,
         }
         metadata = {"format": FORMAT, "questions": self.digest, "scored_tokens": str(self.scored_tokens)}
-        content = _with_sorted_metadata(save({k: np.ascontiguousarray(v) for k, v in arrays.items()}), metadata)
+        content = _with_sorted_metadata(
+            save({k: np.ascontiguousarray(v) for k, v in arrays.items()}), metadata
+        )
         target = Path(path)
         staged = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
@@ -79,7 +81,9 @@ class Evaluation:
             _sync_folder(target.parent)
         except OSError as error:
             staged.unlink(missing_ok=True)
-            raise DiskError(f"{target}: cannot write the evaluation ({error.strerror}). Make room for it.") from error
+            raise DiskError(
+                f"{target}: cannot write the evaluation ({error.strerror}). Make room for it."
+            ) from error
         return hashlib.sha256(content).hexdigest()
 
     @classmethod
@@ -104,7 +108,9 @@ class Evaluation:
         except OSError as error:
             raise EvaluationError(f"{where}: cannot read the evaluation ({error.strerror}).") from error
         if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise EvaluationError(f"{where}: SHA-256 is not the recorded {sha256[:12]}...: the file was changed.")
+            raise EvaluationError(
+                f"{where}: SHA-256 is not the recorded {sha256[:12]}...: the file was changed."
+            )
         try:
             arrays = load(content)
             metadata = _metadata(content)
@@ -114,7 +120,9 @@ class Evaluation:
             raise EvaluationError(f"{where}: format is {metadata.get('format')!r}, wanted '{FORMAT}'.")
         found = metadata.get("questions", "")
         if digest is not None and found != digest:
-            raise EvaluationError(f"{where}: is about other questions ({found[:12]}..., wanted {digest[:12]}...).")
+            raise EvaluationError(
+                f"{where}: is about other questions ({found[:12]}..., wanted {digest[:12]}...)."
+            )
         floats, integers = ("loglikelihood", "divisor", "mass"), ("options", "gold", "task")
         score, divisor, mass = (_array(where, arrays, name, np.float32) for name in floats)
         options, gold, task = (_array(where, arrays, name, np.int64) for name in integers)
@@ -207,10 +215,14 @@ def _outcomes(
     gold: npt.NDArray[np.int64],
     task: npt.NDArray[np.int64],
 ) -> Outcomes:
-    return Outcomes.from_loglikelihoods(score.astype(np.float64) / divisor.astype(np.float64), options, gold, task)
+    return Outcomes.from_loglikelihoods(
+        score.astype(np.float64) / divisor.astype(np.float64), options, gold, task
+    )
 
 
-def _array(where: Path, arrays: dict[str, npt.NDArray[Any]], name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+def _array(
+    where: Path, arrays: dict[str, npt.NDArray[Any]], name: str, dtype: type[np.generic]
+) -> npt.NDArray[Any]:
     if name not in arrays or arrays[name].dtype != dtype:
         found = arrays[name].dtype if name in arrays else "nothing"
         raise EvaluationError(f"{where}: array '{name}' is {found}, wanted {np.dtype(dtype)}.")

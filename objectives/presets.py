@@ -111,7 +111,9 @@ def number(row: Row, key: str, count: int, first: int = 0) -> int:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"field '{key}' is {value!r}, wanted a number (a split without answers cannot be scored)")
+        raise ConfigError(
+            f"field '{key}' is {value!r}, wanted a number (a split without answers cannot be scored)"
+        )
     if not first <= value < first + count:
         raise ConfigError(f"field '{key}' is {value}, wanted {first} to {first + count - 1}")
     return value - first

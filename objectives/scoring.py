@@ -110,7 +110,9 @@ class Scorer:
         _refuse_non_finite(scores, questions)
         return scores
 
-    def measure_budget(self, questions: Sequence[Question], candidates: Sequence[int] = (512, 1024, 2048, 4096)) -> int:
+    def measure_budget(
+        self, questions: Sequence[Question], candidates: Sequence[int] = (512, 1024, 2048, 4096)
+    ) -> int:
         """The candidate with the best token throughput on these questions, each timed on one batch; sets `budget`.
 
         Candidates that do not fit in memory are left out. Timing decides, so two calls may differ: call it once
@@ -157,7 +159,11 @@ class Scorer:
         return plan
 
     def _score(
-        self, packed: PackedModel, encoded: list[EncodedQuestion], groups: list[Group], progress: Progress | None
+        self,
+        packed: PackedModel,
+        encoded: list[EncodedQuestion],
+        groups: list[Group],
+        progress: Progress | None,
     ) -> Scores:
         total, tokens = _empty(encoded)
         done = 0
@@ -178,7 +184,9 @@ class Scorer:
         try:
             packed = PackedModel(self.model)
             if packed.implementation != "sdpa":
-                self.notes.append(f"attention is '{packed.implementation}': this model does not support sdpa.")
+                self.notes.append(
+                    f"attention is '{packed.implementation}': this model does not support sdpa."
+                )
             encoded = _sample(self.model, self.limit)
             group = Group(
                 encoded[0].sequences[0][:4],

@@ -67,7 +67,9 @@ def read_sources(
     place = Path(path).expanduser()
     if place.is_file():
         if split is not None or subset is not None:
-            raise ConfigError(f"{where}: '{path}' is a file and has no splits or subsets. Remove split and subset.")
+            raise ConfigError(
+                f"{where}: '{path}' is a file and has no splits or subsets. Remove split and subset."
+            )
         return [Source(Rows(tuple(_json_lines(place))), None)]
     if place.is_dir():
         wanted = (split, default_split)
@@ -91,16 +93,22 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 content = raw.decode("utf-8-sig" if line == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ConfigError(f"{where}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from None
+                raise ConfigError(
+                    f"{where}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+                ) from None
             if not content.strip():
                 continue
             try:
                 row = json.loads(content, object_pairs_hook=_unique_keys)
             except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]
-                raise ConfigError(f"{where}: not a line of JSON ({reason}). Write one object per line.") from None
+                raise ConfigError(
+                    f"{where}: not a line of JSON ({reason}). Write one object per line."
+                ) from None
             if not isinstance(row, dict):
-                raise ConfigError(f"{where}: {type(row).__name__} instead of an object. Write one object per line.")
+                raise ConfigError(
+                    f"{where}: {type(row).__name__} instead of an object. Write one object per line."
+                )
             empty = False
             yield where, row
     if empty:
@@ -132,7 +140,9 @@ def _subset_folders(
     """The folders that hold splits: `folder` itself, or below it the chosen subset or all of them."""
     if _has_splits(folder):
         if subset is not None and subset != folder.name:
-            raise ConfigError(f"{where}.subset: '{folder}' holds splits, no subsets. Remove subset or give its parent.")
+            raise ConfigError(
+                f"{where}.subset: '{folder}' holds splits, no subsets. Remove subset or give its parent."
+            )
         return [folder]
     found = [child for child in _children(folder) if _has_splits(child)]
     names = [child.name for child in found]
@@ -151,7 +161,9 @@ def _subset_folders(
     raise ConfigError(f"{where}.subset: '{folder}' holds {len(found)} subsets. Choose one: {_some(names)}.")
 
 
-def _from_folder(folder: Path, where: str, wanted: tuple[str | None, str | None], fewshot: tuple[str, ...]) -> Source:
+def _from_folder(
+    folder: Path, where: str, wanted: tuple[str | None, str | None], fewshot: tuple[str, ...]
+) -> Source:
     split, default = wanted
     if _is_dataset(folder):
         if split is not None and split != folder.name:
@@ -161,9 +173,15 @@ def _from_folder(folder: Path, where: str, wanted: tuple[str | None, str | None]
     splits = {child.name: child for child in _children(folder) if _is_dataset(child)}
     if split is not None and split not in splits:
         raise ConfigError(f"{where}.split: '{split}' is not in '{folder}' (found: {_some(list(splits))}).")
-    chosen = split or (default if default in splits else None) or (next(iter(splits)) if len(splits) == 1 else None)
+    chosen = (
+        split
+        or (default if default in splits else None)
+        or (next(iter(splits)) if len(splits) == 1 else None)
+    )
     if chosen is None:
-        raise ConfigError(f"{where}.split: '{folder}' holds {len(splits)} splits. Choose one: {_some(list(splits))}.")
+        raise ConfigError(
+            f"{where}.split: '{folder}' holds {len(splits)} splits. Choose one: {_some(list(splits))}."
+        )
     other = next((name for name in fewshot if name in splits and name != chosen), None)
     return Source(
         _disk_rows(splits[chosen]), chosen, _disk_rows(splits[other]) if other is not None else None, other
@@ -179,7 +197,9 @@ def _disk_rows(folder: Path) -> Rows:
         rows = tuple((f"{folder} row {i}", dict(row)) for i, row in enumerate(data))
     except Exception as error:  # the reader raises whatever its parts raise: Arrow, OS, JSON, key errors
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{folder}: cannot be read as a dataset ({type(error).__name__}: {reason}).") from error
+        raise ConfigError(
+            f"{folder}: cannot be read as a dataset ({type(error).__name__}: {reason})."
+        ) from error
     if not rows:
         raise ConfigError(f"{folder}: holds no rows. Choose another split.")
     return Rows(rows)
@@ -191,13 +211,17 @@ def _refuse_outside_files(folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text("utf-8"))
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{folder / 'state.json'}: broken ({type(error).__name__}). Save the data again.") from None
+        raise ConfigError(
+            f"{folder / 'state.json'}: broken ({type(error).__name__}). Save the data again."
+        ) from None
     for name in names:
         if not isinstance(name, str) or not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise ConfigError(f"{folder / 'state.json'}: data file {name!r} is not in this folder. Refused.")
 
 
-def _from_hub(path: str, where: str, split: str | None, subset: str | None, fewshot: tuple[str, ...]) -> Source:
+def _from_hub(
+    path: str, where: str, split: str | None, subset: str | None, fewshot: tuple[str, ...]
+) -> Source:
     import datasets
 
     name, _, revision = path.partition("@")
@@ -206,7 +230,9 @@ def _from_hub(path: str, where: str, split: str | None, subset: str | None, fews
         splits = datasets.get_dataset_split_names(name, subset, revision=revision or None)
         chosen = split or (splits[0] if len(splits) == 1 else None)
         if chosen not in splits:
-            raise ConfigError(f"{where}.split: '{chosen}' is not in hub dataset '{path}' (found: {_some(splits)}).")
+            raise ConfigError(
+                f"{where}.split: '{chosen}' is not in hub dataset '{path}' (found: {_some(splits)})."
+            )
         other = next((one for one in fewshot if one in splits and one != chosen), None)
         loaded = {one: datasets.load_dataset(name, split=one, **options) for one in (chosen, other) if one}
     except ConfigError:

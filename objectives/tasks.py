@@ -96,7 +96,9 @@ def task_names(tasks: Sequence[TaskConfig]) -> tuple[str, ...]:
     for i, name in enumerate(names):
         if name in names[:i]:
             twin = names.index(name)
-            raise ConfigError(f"tasks[{i}].name: '{name}' is the name of tasks[{twin}] too. Name one of them.")
+            raise ConfigError(
+                f"tasks[{i}].name: '{name}' is the name of tasks[{twin}] too. Name one of them."
+            )
     return tuple(names)
 
 
@@ -128,7 +130,9 @@ def load_questions(tasks: Sequence[TaskConfig], split: SplitConfig, tokenizer: A
         ranked = sorted(found, key=lambda pair: (pair[0], pair[1].key))
         if task.limit is not None:
             if task.limit > len(ranked):
-                notes.append(f"{where}: limit is {task.limit}, only {len(ranked)} questions are left; all are used.")
+                notes.append(
+                    f"{where}: limit is {task.limit}, only {len(ranked)} questions are left; all are used."
+                )
             ranked = ranked[: task.limit]
         _assign(sides, [rank for rank, _ in ranked], split.search)
         for rank, question in ranked:
@@ -148,7 +152,9 @@ def _read(task: TaskConfig, where: str, notes: list[str]) -> list[_Group]:
     """The groups of one task: one per source, and per header within it (MMLU's subjects)."""
     preset = _preset(task, where)
     if preset is not None and task.fields is not None:
-        raise ConfigError(f"{where}.fields: preset '{task.preset}' knows its fields. Remove fields or preset.")
+        raise ConfigError(
+            f"{where}.fields: preset '{task.preset}' knows its fields. Remove fields or preset."
+        )
     sources = read_sources(
         task.path or (preset.hub if preset else ""),
         where=where,
@@ -161,7 +167,9 @@ def _read(task: TaskConfig, where: str, notes: list[str]) -> list[_Group]:
         all_subsets=preset.all_subsets if preset else False,
     )
     if any(source.split == "test" for source in sources):
-        notes.append(f"{where}: searches on a split called 'test'; do not report that test set's score elsewhere.")
+        notes.append(
+            f"{where}: searches on a split called 'test'; do not report that test set's score elsewhere."
+        )
     groups = []
     repeated = 0
     for source in sources:
@@ -324,7 +332,9 @@ def _question(task: TaskConfig, index: int, item: Item, prefix: str, chat: _Chat
     options = tuple(space + answer for answer in answers)
     normalizer = tuple(float(len(a.encode("utf-8"))) for a in answers) if task.normalize == "bytes" else None
     several = tuple(contexts) if len(contexts) > 1 else None
-    question = Question("", index, contexts[0] if several is None else "", options, item.gold, normalizer, several)
+    question = Question(
+        "", index, contexts[0] if several is None else "", options, item.gold, normalizer, several
+    )
     return replace(question, key=_sha256([question.context, several, options, item.gold]))
 
 
@@ -333,7 +343,9 @@ class _Chat:
 
     def __init__(self, tokenizer: Any, where: str) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(f"{where}.chat_template: the post parent's tokenizer has none. Set chat_template: false.")
+            raise ConfigError(
+                f"{where}.chat_template: the post parent's tokenizer has none. Set chat_template: false."
+            )
         self._tokenizer = tokenizer
         self._where = where
         start = self.wrap("Question")
@@ -347,7 +359,9 @@ class _Chat:
 
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
         try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate
+            )
         except Exception as error:  # a template is a program: it raises what it likes
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{self._where}.chat_template: the template fails ({reason}).") from error

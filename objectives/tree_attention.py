@@ -185,7 +185,9 @@ def _trunk(question: EncodedQuestion) -> tuple[int, ...]:
     return low[: min(_common(low, high), min(question.starts) - 1)]
 
 
-def _best(order: list[int], trunks: list[tuple[int, ...]], depth: int) -> tuple[int, list[tuple[int, list[int]]]]:
+def _best(
+    order: list[int], trunks: list[tuple[int, ...]], depth: int
+) -> tuple[int, list[tuple[int, list[int]]]]:
     """Most tokens saved among `order` (sorted by trunk), and the (prefix length, members) that save them."""
     if len(order) < 2 or depth > 100:  # deeper nesting than any real prompt has
         return 0, []

@@ -208,7 +208,7 @@ def test_a_smoke_build_is_whole_repeatable_and_cached(study: dict[str, ModuleTyp
         assert not report["unexpected_keys"]
     assert (first / "pre/model.safetensors").read_bytes() != (first / "post/model.safetensors").read_bytes()
 
-    assert not prepare.is_complete(first, replace(wanted, seed=1))
+    assert not prepare.is_complete(first, replace(wanted, seed=wanted.seed + 1))
     with (first / "post" / "config.json").open("a") as file:
         file.write(" ")
     assert not prepare.is_complete(first, wanted)
