@@ -108,6 +108,10 @@ def translated(url: str) -> Iterator[None]:
         raise
     except (OptunaError, SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise _one_line(shown(url), error) from error
+    except ModuleNotFoundError as error:
+        raise StorageError(
+            f"{shown(url)}: PostgreSQL needs the package {error.name}: pip install 'mergefront[postgresql]'."
+        ) from error
     except RuntimeError as error:
         if "runtime optuna version" in str(error):  # the schema is newer or older than this Optuna
             raise StorageError(f"{shown(url)}: {' '.join(str(error).split())}") from error

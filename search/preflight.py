@@ -37,7 +37,24 @@ def describe(materials: Materials) -> list[str]:
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
     ]
     lines += [f"note        {note}" for note in materials.notes]
+    if idle := _equal_groups(materials):
+        lines.append(
+            f"note        {len(idle)} of {space.dim} groups are equal in both parents, their coefficients change "
+            f"nothing: {_shortened(idle)}"
+        )
     return [*lines, "ready       mergefront launch runs it"]
+
+
+def _equal_groups(materials: Materials) -> tuple[str, ...]:
+    """Groups that post-training left as they were, such as the embeddings under LoRA."""
+    import torch
+
+    pre, post = materials.parents.pre, materials.parents.post
+    return tuple(
+        group.name
+        for group in materials.space.groups
+        if all(torch.equal(pre.tensor(name), post.tensor(name)) for name in group.tensors)
+    )
 
 
 def _work(tokens: float, numbers: int) -> str:

@@ -298,6 +298,10 @@ def test_urls(tmp_path: Path) -> None:
         with pytest.raises(StorageError):
             connect(url, create=True)
     assert "secret" not in shown("postgresql+psycopg://me:secret@127.0.0.1:1/x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "psycopg", None)
+        with pytest.raises(StorageError, match=r"pip install 'mergefront\[postgresql\]'"):
+            connect("postgresql://me@127.0.0.1:2/x", create=True)
     with pytest.raises(StorageError, match="no connection") as refusal:
         connect("postgresql+psycopg://me:secret@127.0.0.1:1/x", create=True)
     assert "secret" not in str(refusal.value)
