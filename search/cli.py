@@ -78,7 +78,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only results, warnings and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only warnings and errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     log_file: Annotated[
         Path | None, typer.Option("--log-file", metavar="FILE", help="Also log to this file.")
@@ -212,7 +212,6 @@ def export(
     everything: Annotated[bool, typer.Option("--all", help="Every trial of the front.")] = False,
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Also write checkpoints.")] = False,
     overrides: Set = [],  # noqa: B006
-    device: Device = "auto",
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -274,7 +273,9 @@ def main() -> None:
     except MergefrontError as error:
         _fail(str(error), error.exit_code)
     except Interrupted as stop:
-        logging.getLogger("mergefront").warning("stopped by %s; run the same command again to continue", stop)
+        logging.getLogger("mergefront").warning(
+            "stopped by %s; nothing is lost: resume (without --trials +N) continues", stop
+        )
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -315,8 +316,11 @@ def _url(storage: str | None, name: str) -> str:
 
 def _open(name: str, storage: str | None) -> Any:
     from search.storage import StudyStore
+    from search.study import stored_config
 
-    return StudyStore.open(_url(storage, _study_name(name)), _study_name(name))
+    store = StudyStore.open(_url(storage, _study_name(name)), _study_name(name))
+    stored_config(store)  # a study whose launch was cut off before its first trial says so
+    return store
 
 
 def _run(

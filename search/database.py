@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def shown(url: str) -> str:
         return str(path)
     try:
         return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return url
+    except (SQLAlchemyError, ValueError):
+        return re.sub(r"//[^@/]*@", "//***@", url)
 
 
 def connect(url: str, *, create: bool) -> RDBStorage:
@@ -61,10 +62,10 @@ def connect(url: str, *, create: bool) -> RDBStorage:
     elif url.startswith(("postgresql://", "postgresql+psycopg://")):
         arguments = {"pool_pre_ping": True}
     else:
-        raise StorageError(f"{url}: wanted sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE.")
+        raise StorageError(f"{shown(url)}: wanted sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Optuna makes its tables at the first connection, and two processes that do so at once collide.
-    with translated(url), exclusive(url):
+    with translated(url), exclusive(url) if create else nullcontext():
         return RDBStorage(_with_driver(url), engine_kwargs=arguments)
 
 
@@ -76,18 +77,17 @@ def exclusive(url: str, name: str = "") -> Iterator[None]:
         name: on a server, processes at other studies need not wait.
     """
     path = sqlite_path(url)
-    if path is not None:
-        with open(f"{path}.lock", "a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        return
-    with _server(url).connect() as connection:
-        key = {"key": crc32(f"mergefront:{name}".encode())}
-        connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), key)
-        try:
-            yield
-        finally:
-            connection.execute(sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
+    with ExitStack() as held:
+        with translated(url):  # the lock alone: what goes wrong while it is held is not the storage's fault
+            if path is not None:
+                handle = held.enter_context(open(f"{path}.lock", "a"))
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            else:
+                connection = held.enter_context(_server(url).connect())
+                key = {"key": crc32(f"mergefront:{name}".encode())}
+                connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), key)
+                held.callback(connection.execute, sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
+        yield
 
 
 @cache
@@ -106,7 +106,7 @@ def translated(url: str) -> Iterator[None]:
         yield
     except MergefrontError:
         raise
-    except (OptunaError, SQLAlchemyError, sqlite3.Error, OSError) as error:
+    except (OptunaError, SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
         raise _one_line(shown(url), error) from error
     except ModuleNotFoundError as error:
         raise StorageError(
@@ -180,7 +180,9 @@ def _check_sqlite(path: Path, create: bool) -> None:
             f"{where}: found another kind of file, wanted a SQLite database. It is left untouched."
         )
     with translated(f"sqlite:///{where}"):
-        connection = sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+        # Writable if it may be: what a killed process left half done is rolled back by the first writer alone.
+        mode = "rw" if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK) else "ro"
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=BUSY_SECONDS)
         try:
             tables = {
                 row[0] for row in connection.execute("select name from sqlite_master where type = 'table'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 from objectives.evaluator import Evaluation
@@ -11,11 +12,16 @@ from search.errors import DiskError, StorageError
 
 
 class EvidenceFolder:
-    """`evidence/` beside the storage: `SHA256.safetensors`, one file an evaluation, never changed once written."""
+    """`evidence/` beside the storage: `SHA256.safetensors`, one file an evaluation, never changed once written.
+
+    For a server's storage it is `runs/NAME/evidence`, or `$MERGEFRONT_EVIDENCE/NAME/evidence`: a folder that all
+    machines of the study share.
+    """
 
     def __init__(self, url: str, name: str) -> None:
         database = sqlite_path(url)
-        self.path = (database.parent if database is not None else Path("runs") / name) / "evidence"
+        server = Path(os.environ.get("MERGEFRONT_EVIDENCE") or "runs") / name
+        self.path = (database.parent if database is not None else server) / "evidence"
 
     def save(self, evaluation: Evaluation) -> str:
         """Writes the evaluation; returns its SHA-256, by which `load` finds it.
@@ -25,7 +31,7 @@ class EvidenceFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            staged = self.path / f"new-{os.getpid()}.safetensors"
+            staged = self.path / f"new-{uuid.uuid4().hex}.safetensors"
             digest = evaluation.save(staged)
             os.replace(staged, self._file(digest))
         except OSError as error:

@@ -72,7 +72,9 @@ class ProgressPrinter(Observer):
             self._trial_began = time.monotonic()
 
     def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
-        self._remember(trial, tuple(values))
+        for record in self._store.trials():  # other workers' results, too
+            if record.state == "complete" and record.values is not None:
+                self._remember(record, record.values)
         volume = self._hypervolume()
         gained, self._volume = volume - self._volume, volume
         seconds = time.monotonic() - self._trial_began

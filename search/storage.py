@@ -21,14 +21,14 @@ from optuna.distributions import FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search.database import connect, exclusive, sqlite_path, translated
+from search.database import connect, exclusive, shown, sqlite_path, translated
 from search.errors import StorageError
 from search.worker import Worker, this_worker
 
 logger = logging.getLogger("mergefront")
 
 State = Literal["complete", "failed", "running", "waiting"]
-MAX_TRIES = 3  # a recipe that killed its worker that often is not tried again
+MAX_TRIES = 5  # a search recipe that ended its worker that often is not tried again
 BEAT_SECONDS = 20.0
 GRACE_SECONDS = 150.0  # a worker of another machine that was silent so long is taken for dead
 
@@ -88,9 +88,11 @@ class StudyStore:
             )
             names = [objective for objective, _ in objectives]
             # load_if_exists silently keeps stored directions, so a study that is not ours is refused, not reused.
-            foreign = len(study.directions) != len(names) or (study.trials and not study.user_attrs)
-            if foreign:
-                raise StorageError(f"{url}: study '{name}' was not made by mergefront. Choose another name.")
+            ours = any(key.startswith(_ATTRIBUTE) for key in study.user_attrs)
+            if not ours and (study.trials or len(study.directions) != len(names)):
+                raise StorageError(
+                    f"{shown(url)}: study '{name}' was not made by mergefront. Choose another name."
+                )
             if study.metric_names is None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ExperimentalWarning)
@@ -109,18 +111,18 @@ class StudyStore:
             names = optuna.get_all_study_names(storage)
             if name not in names:
                 has = ", ".join(sorted(names)[:8]) or "no study at all"
-                raise StorageError(f"{url}: no study '{name}'. This storage has: {has}.")
+                raise StorageError(f"{shown(url)}: no study '{name}'. This storage has: {has}.")
             study = optuna.load_study(study_name=name, storage=storage)
             if not any(key.startswith(_ATTRIBUTE) for key in study.user_attrs):
                 raise StorageError(
-                    f"{url}: study '{name}' was not made by mergefront, so it cannot be continued here."
+                    f"{shown(url)}: study '{name}' was not made by mergefront, so it cannot be continued here."
                 )
         return cls(url, study, **options)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Holds the study for this worker alone, over processes and machines. Not re-entrant."""
-        with translated(self.url), exclusive(self.url, self.name):
+        with exclusive(self.url, self.name):
             yield
 
     def attribute(self, key: str) -> Any:
@@ -174,7 +176,7 @@ class StudyStore:
             if not (record.state == "waiting" or (record.state == "running" and self._is_orphan(record))):
                 continue
             tries = int(record.attributes.get("tries", 1))
-            if record.state == "running" and tries >= MAX_TRIES:
+            if record.state == "running" and record.kind == "search" and tries >= MAX_TRIES:
                 logger.warning("trial %d ended its worker %d times and is given up", record.number, tries)
                 self._finish(record.number, TrialState.FAIL, error=f"ended its worker {tries} times")
                 continue
@@ -196,14 +198,21 @@ class StudyStore:
         with translated(self.url):
             self._storage.set_trial_user_attr(self._ids[number], key, value)
 
-    def complete(self, number: int, values: Sequence[float]) -> bool:
-        """The commit point of a trial. False if another worker took the trial over meanwhile: the result is dropped."""
+    def complete(
+        self, number: int, values: Sequence[float], attributes: Mapping[str, Any] | None = None
+    ) -> bool:
+        """The commit point of a trial, attributes first.
+
+        False if another worker took the trial over meanwhile: the result is dropped.
+        """
         with self.exclusive():
             if not self._is_mine(number):
                 logger.warning(
                     "trial %d was taken over by another worker; this late result is dropped", number
                 )
                 return False
+            for key, value in (attributes or {}).items():
+                self.annotate(number, key, value)
             self._finish(number, TrialState.COMPLETE, values=[float(value) for value in values])
             return True
 
@@ -229,7 +238,8 @@ class StudyStore:
             while not stop.wait(BEAT_SECONDS):
                 count += 1
                 try:
-                    self.annotate(number, "beat", [this_worker().pid, count])
+                    if self._is_mine(number):
+                        self.annotate(number, "beat", count)
                 except Exception as error:  # a beat may be missed; the next one tries again
                     logger.debug("heartbeat of trial %d failed: %s", number, error)
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,14 +22,21 @@ from objectives.evaluator import Evaluation
 from search import __version__
 from search.config import StudyConfig, apply_overrides, differences, parse_study
 from search.database import shown, wait
-from search.errors import ConfigError, EvaluationError, MergeError, StorageError, TooManyFailuresError
+from search.errors import (
+    ConfigError,
+    DiskError,
+    EvaluationError,
+    MergeError,
+    StorageError,
+    TooManyFailuresError,
+)
 from search.evidence import EvidenceFolder
 from search.front import non_dominated
 from search.interrupt import Interrupted
 from search.materials import Materials, Split
 from search.observer import Observer
 from search.samplers import Engine, make_engine
-from search.space import UNIFORM_LINE, Recipe
+from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
 
 logger = logging.getLogger("mergefront")
@@ -83,6 +92,10 @@ def create(
             "Rename the study, or take the changes back."
         )
     _check_identity(store, materials)
+    if (
+        stored != config.to_json()
+    ):  # places may have moved: other workers and `export` look where this file says
+        store.set_attribute("config", config.to_json())
     return store, materials
 
 
@@ -119,6 +132,8 @@ def moved_config(store: StudyStore, overrides: Sequence[str]) -> StudyConfig:
     apply_overrides(value, overrides)
     config = parse_study(value, f"study '{store.name}'")
     changed = differences(stored, config)
+    if config.trials != stored.trials:
+        changed = ["trials (give --trials instead)"]
     if changed:
         raise ConfigError(f"study '{store.name}': only places may be set when resuming, found {changed[0]}.")
     return config
@@ -169,9 +184,10 @@ def set_budget(store: StudyStore, text: str | int | None) -> int:
         budget = int(store.attribute("trials"))
         if text is not None:
             number = str(text).strip()
-            if not number.lstrip("+").isdigit() or number.count("+") > 1 or len(number) > 9:
+            if not re.fullmatch(r"\+?[0-9]{1,8}", number):
                 raise ConfigError(f"--trials {text}: wanted a number such as 80, or +50 to extend.")
-            budget = budget + int(number) if number.startswith("+") else int(number)
+            wanted = budget + int(number) if number.startswith("+") else int(number)
+            budget = max(wanted, sum(r.state == "complete" and r.kind == "search" for r in store.trials()))
             store.set_attribute("trials", budget)
     return budget
 
@@ -195,8 +211,9 @@ def run(
         (materials.space.low, materials.space.high),
         tuple(metric.maximize for metric in materials.metrics),
     )
-    observer.started(store.trials(), len(BASELINES) + int(store.attribute("trials")))
-    for trial in _asked(store, materials, engine):
+    before = store.trials()
+    observer.started(before, len(BASELINES) + int(store.attribute("trials")))
+    for trial in _asked(store, materials, engine, first=len(before)):
         observer.step("asked", trial)
         _run_trial(store, materials, evidence, trial, observer)
     observer.ended(store.trials())
@@ -204,11 +221,15 @@ def run(
         score_report_split(store, materials, evidence, observer)
 
 
-def _asked(store: StudyStore, materials: Materials, engine: Engine) -> Iterator[TrialRecord]:
-    """Trials for this worker, until the budget is complete and no trial is left to take over."""
+def _asked(store: StudyStore, materials: Materials, engine: Engine, first: int) -> Iterator[TrialRecord]:
+    """Trials for this worker, until the budget is complete and no trial is left to take over.
+
+    Args:
+        first: number of the first trial of this run: earlier failures may have been mended.
+    """
     while True:
         with store.exclusive():
-            trial = store.adopt() or _drawn(store, materials, engine)
+            trial = store.adopt() or _drawn(store, materials, engine, first)
         if trial is not None:
             yield trial
         elif any(record.state in ("running", "waiting") for record in store.trials()):
@@ -217,20 +238,20 @@ def _asked(store: StudyStore, materials: Materials, engine: Engine) -> Iterator[
             return
 
 
-def _drawn(store: StudyStore, materials: Materials, engine: Engine) -> TrialRecord | None:
+def _drawn(store: StudyStore, materials: Materials, engine: Engine, first: int) -> TrialRecord | None:
     """A new trial, or None if the budget is given out. Failed trials do not count: others are drawn in their place."""
     history = store.trials()
-    _stop_after_failures(history)
+    _stop_after_failures(history[first:])
     given_out = sum(record.state != "failed" for record in history)
     if given_out >= len(BASELINES) + int(store.attribute("trials")):
         return None
-    draw = len(history)
     space = materials.space
-    if draw < len(BASELINES):
-        kind, coefficient = BASELINES[draw]
-        recipe, tags = space.uniform(coefficient), engine.baseline_tags(draw)
+    missing = _missing_baseline(history, space)
+    if missing is not None:
+        kind, coefficient = BASELINES[missing]
+        recipe, tags = space.uniform(coefficient), engine.baseline_tags(missing)
     else:
-        proposal = engine.propose(history, draw)
+        proposal = engine.propose(history, draw=len(history))
         kind, tags = "search", proposal.tags
         recipe = space.from_vector([proposal.coefficients[name] for name in space.names])
     return store.claim(
@@ -242,6 +263,19 @@ def _drawn(store: StudyStore, materials: Materials, engine: Engine) -> TrialReco
     )
 
 
+def _missing_baseline(history: Sequence[TrialRecord], space: CoefficientSpace) -> int | None:
+    """Index of the first baseline that is neither scored nor on its way; one that failed is drawn again."""
+    there = {
+        record.attributes["recipe"]
+        for record in history
+        if record.state != "failed" and record.kind != "search"
+    }
+    for index, (_, coefficient) in enumerate(BASELINES):
+        if space.uniform(coefficient).key not in there:
+            return index
+    return None
+
+
 def _run_trial(
     store: StudyStore, materials: Materials, evidence: EvidenceFolder, trial: TrialRecord, observer: Observer
 ) -> None:
@@ -249,12 +283,14 @@ def _run_trial(
     next worker runs the same recipe again."""
     try:
         with store.beating(trial.number):
-            digest, values = _known(store, trial) or _measured(materials, evidence, trial, observer)
-        store.annotate(trial.number, "evidence", digest)
+            values, attributes = _known(store, trial) or _measured(materials, evidence, trial, observer)
         observer.step("evidence", trial)
-        told = store.complete(trial.number, values)
-    except Interrupted:
-        store.give_back(trial.number)
+        told = store.complete(trial.number, values, attributes)
+    except (Interrupted, DiskError, StorageError):
+        with suppress(
+            DiskError, StorageError
+        ):  # if it cannot be given back, it is adopted as from a dead worker
+            store.give_back(trial.number)
         raise
     except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:
         # RuntimeError is how torch says out of memory; what it says is kept with the trial.
@@ -271,25 +307,24 @@ def _run_trial(
         observer.finished(trial, values)
 
 
-def _known(store: StudyStore, trial: TrialRecord) -> tuple[str, list[float]] | None:
+def _known(store: StudyStore, trial: TrialRecord) -> tuple[list[float], dict[str, Any]] | None:
     """The result of a finished trial with the same recipe: genetic algorithms propose exact duplicates."""
     for record in store.trials():
         same = record.attributes["recipe"] == trial.attributes["recipe"] and record.number != trial.number
         if same and record.state == "complete" and record.values is not None:
-            store.annotate(trial.number, "same_as", record.number)
-            return str(record.attributes["evidence"]), list(record.values)
+            return list(record.values), {"evidence": record.attributes["evidence"], "same_as": record.number}
     return None
 
 
 def _measured(
     materials: Materials, evidence: EvidenceFolder, trial: TrialRecord, observer: Observer
-) -> tuple[str, list[float]]:
+) -> tuple[list[float], dict[str, Any]]:
     evaluation = _evaluated(materials, trial, "search", observer)
     values = [float(metric.value(evaluation.outcomes)) for metric in materials.metrics]
     for metric, value in zip(materials.metrics, values, strict=True):
         if not math.isfinite(value):
             raise EvaluationError(f"{metric.name}: found {value}, wanted a finite number.")
-    return evidence.save(evaluation), values
+    return values, {"evidence": evidence.save(evaluation)}
 
 
 def _evaluated(materials: Materials, trial: TrialRecord, split: Split, observer: Observer) -> Evaluation:

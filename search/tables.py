@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from search.board import Board, Cell, Row, Split
+from search.errors import ConfigError
 from search.picks import named_picks
 from search.reading import read, report_is_scored
 
@@ -18,7 +19,7 @@ def front_table(board: Board, split: str | None = None) -> str:
     scored = report_is_scored(board)
     shown: Split = "report" if split == "report" or (split is None and scored) else "search"
     if shown == "report" and not scored:
-        return (
+        raise ConfigError(
             f"study '{board.study}': the report split is scored when the search is complete. Resume it first."
         )
     metrics = _metrics(board, shown)

@@ -31,12 +31,14 @@ def helpers(count: int, store: StudyStore, device: str, overrides: Sequence[str]
     They stop by themselves when the budget is complete. On an error or a signal they get SIGTERM, upon which each gives
     its trial back; one that does not end in time is killed, and its trial is adopted later like any dead worker's.
     """
-    command = [sys.executable, "-m", "search.cli", "-q", "resume", store.name, "--storage", store.url]
+    command = [sys.executable, "-m", "search.cli", "-q", "resume", store.name]
     command += ["--device", device, "--grace", str(store.grace), "--as-worker"]
     for override in overrides:
         command += ["--set", override]
-    environment = {"OMP_NUM_THREADS": str(_threads(count + 1)), **os.environ}
-    running = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    # The URL may hold a password, and arguments are seen by everybody on the machine.
+    environment = {"OMP_NUM_THREADS": str(_threads(count + 1)), **os.environ, "MERGEFRONT_STORAGE": store.url}
+    # A session of their own: Ctrl-C reaches this process alone, which then ends them once.
+    running = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(count)]
     try:
         yield
         for process in running:

@@ -11,7 +11,7 @@ import pytest
 
 from search.config import load_study_file
 from search.errors import ConfigError, StorageError
-from search.storage import StudyStore
+from search.storage import MAX_TRIES, StudyStore
 from search.study import BASELINES, create, reopen, run, set_budget
 from tests.pico_study import write_study
 from tests.study_process import STEPS, ended, kill_self, start, terminate_self, whole
@@ -67,6 +67,16 @@ def test_sigterm_gives_the_trial_back_and_exits_143(study: Path, uninterrupted: 
     assert whole(url) == whole(uninterrupted)
 
 
+def test_killed_three_times_in_one_trial_it_ends_with_the_same_front(
+    study: Path, uninterrupted: str, tmp_path: Path
+) -> None:
+    url = url_of(tmp_path)
+    for step in ("merged", "evaluated", "evidence"):
+        assert ended(start(study, url, step, 14)) == -signal.SIGKILL
+    assert ended(start(study, url)) == 0
+    assert whole(url) == whole(uninterrupted)
+
+
 def test_two_workers_share_one_budget_exactly(study: Path, uninterrupted: str, tmp_path: Path) -> None:
     url = url_of(tmp_path)
     both = [start(study, url), start(study, url)]
@@ -95,12 +105,12 @@ def test_a_killed_worker_of_two_loses_nothing(study: Path, tmp_path: Path) -> No
 
 def test_a_recipe_that_always_kills_is_given_up_and_the_study_goes_on(study: Path, tmp_path: Path) -> None:
     url = url_of(tmp_path)
-    for _ in range(3):
+    for _ in range(MAX_TRIES):
         assert ended(start(study, url, "merged", 13, kill_self)) == -signal.SIGKILL
     assert ended(start(study, url)) == 0
     trials = StudyStore.open(url, "pico").trials()
     assert [t.number for t in trials if t.state == "failed"] == [13]
-    assert "3 times" in trials[13].attributes["error"]
+    assert f"{MAX_TRIES} times" in trials[13].attributes["error"]
     assert sum(t.state == "complete" for t in trials) == TOTAL
 
 
@@ -131,6 +141,10 @@ def test_a_changed_study_is_refused_with_the_keys(study: Path, uninterrupted: st
     assert "trials" not in message
     with pytest.raises(ConfigError, match="only places may be set when resuming, found sampler"):
         reopen(uninterrupted, "pico", "cpu", ["sampler.seed=9"])
+    with pytest.raises(ConfigError, match="give --trials instead"):
+        reopen(uninterrupted, "pico", "cpu", ["trials=9"])
+    with pytest.raises(ConfigError, match=r"objectives.2: None -> 'nll'"):
+        create(load_study_file(study, ["objectives=[accuracy, ece, nll]"]), uninterrupted, "cpu")
     with pytest.raises(StorageError, match=r"no study 'lama'\. This storage has: pico"):
         reopen(uninterrupted, "lama", "cpu")
 

@@ -270,6 +270,26 @@ def test_a_full_database_is_named_and_can_go_on_later(url: str, tmp_path: Path) 
     claim(again)
 
 
+def test_a_journal_left_by_a_kill_is_rolled_back(url: str, tmp_path: Path) -> None:
+    store = new_store(url)
+    store.complete(claim(store), [0.5, 0.5])
+    code = f"""
+import os, sqlite3
+c = sqlite3.connect({str(tmp_path / "study.db")!r}, isolation_level=None)
+c.execute("pragma cache_size = 1")
+c.execute("pragma cache_spill = 1")
+c.execute("begin")
+c.execute("create table junk (a)")
+c.executemany("insert into junk values (?)", [("x" * 500,)] * 2000)
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code])
+    assert (tmp_path / "study.db-journal").exists()
+    again = StudyStore.open(url, "s")
+    assert again.trials()[0].values == (0.5, 0.5)
+    claim(again)
+
+
 def test_a_locked_database_is_waited_for(url: str, tmp_path: Path) -> None:
     store = new_store(url)
     other = sqlite3.connect(tmp_path / "study.db", isolation_level=None, check_same_thread=False)

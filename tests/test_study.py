@@ -12,7 +12,7 @@ import pytest
 
 from objectives.evaluator import Evaluation
 from search.config import load_study_file
-from search.errors import EvaluationError, TooManyFailuresError
+from search.errors import DiskError, EvaluationError, TooManyFailuresError
 from search.evidence import EvidenceFolder
 from search.materials import Materials
 from search.observer import Observer
@@ -76,15 +76,37 @@ def test_five_failures_in_a_row_stop_the_study(opened: tuple[StudyStore, Materia
         TooManyFailuresError, match=r"trials 11 to 15 failed in a row; the last one: no\. Mend"
     ):
         run(store, materials, Failing(lambda number: number >= FIRST, EvaluationError("no.")))
-    with pytest.raises(TooManyFailuresError):
-        run(store, materials)
     assert len(store.trials()) == FIRST + 5
+    run(store, materials)  # mended
+    assert sum(t.state == "complete" for t in store.trials()) == FIRST + 6
 
 
 def test_a_failing_baseline_ends_the_study_at_once(opened: tuple[StudyStore, Materials]) -> None:
     store, materials = opened
     with pytest.raises(EvaluationError, match=r"trial 1 \(post\): broken. A study needs its baselines"):
         run(store, materials, Failing(lambda number: number == 1, EvaluationError("broken.")))
+    run(store, materials)  # mended: the baseline is drawn again, and once
+    done = [t for t in store.trials() if t.state == "complete"]
+    assert sorted(t.kind for t in done if t.kind != "search") == ["post", "pre", *["uniform"] * 9]
+    assert len(done) == FIRST + 6
+
+
+def test_a_full_disk_gives_the_trial_back(
+    opened: tuple[StudyStore, Materials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, materials = opened
+
+    def full(self: EvidenceFolder, evaluation: Evaluation) -> str:
+        raise DiskError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvidenceFolder, "save", full)
+        for _ in range(7):
+            with pytest.raises(DiskError):
+                run(store, materials)
+    assert [t.state for t in store.trials()] == ["waiting"]
+    run(store, materials)
+    assert [t.state for t in store.trials()] == ["complete"] * (FIRST + 6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

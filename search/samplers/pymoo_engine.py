@@ -48,7 +48,8 @@ class PymooEngine:
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`."""
         tagged = [record for record in history if _GENERATION in record.tags]
-        baselines = [record for record in tagged if record.kind != "search"]
+        scored = {r.tags[_MEMBER]: r for r in tagged if r.kind != "search" and r.state != "failed"}
+        baselines = [scored[member] for member in sorted(scored)]
         newest = max((int(record.tags[_GENERATION]) for record in tagged), default=0)
         if self._generation > newest + 1 or self._generation < 0:
             self._start()
@@ -61,7 +62,12 @@ class PymooEngine:
             if free and not later:
                 return self._proposal(free[0])
             told = self._told(members, later)
-            self._tell({i: record for i, record in members.items() if record.number in told}, draw)
+            if not told:  # more workers than members: until one comes back there is nothing to breed from
+                x = np.random.default_rng(seed_of(self._config.seed, draw)).uniform(
+                    *self._bounds, len(self._groups)
+                )
+                return Proposal({g: float(v) for g, v in zip(self._groups, x, strict=True)})
+            self._tell({i: record for i, record in members.items() if record.number in told})
 
     # -- one run of the algorithm -------------------------------------------------------------------------------
 
@@ -108,7 +114,7 @@ class PymooEngine:
             return [int(number) for number in min(following, key=lambda r: r.number).tags[_TOLD]]
         return sorted(record.number for record in members.values() if record.state == "complete")
 
-    def _tell(self, members: Mapping[int, TrialRecord], draw: int) -> None:
+    def _tell(self, members: Mapping[int, TrialRecord]) -> None:
         from pymoo.core.evaluator import Evaluator
         from pymoo.problems.static import StaticProblem
 
