@@ -32,7 +32,7 @@ class Metric:
 
     Attributes:
         name: as the user wrote it. maximize: whether higher is better.
-        worst: the worst possible value: this objective's coordinate of the hypervolume's reference point.
+        worst: the worst possible value, where its intervals are cut.
         function: `(outcomes, weights)` to `(b,)`.
         task: index of the only task that counts, or None for all questions.
     """

@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +19,14 @@ from objectives.metrics import Metric, get_metric
 from objectives.outcomes import Outcomes
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
-from search.front import hypervolume, hypervolume_batch
+from search.front import hypervolume, hypervolume_batch, worst_corner
+from search.materials import Split
 from search.storage import StudyStore, TrialRecord
 from search.study import front_of
 
-Split = Literal["search", "report"]
 SPLITS: tuple[Split, ...] = ("search", "report")
-BESIDE = (
-    "accuracy",
-    "ece",
-    "brier",
-    "nll",
-    "auroc",
-)  # ECE alone can be gamed: the report never shows it alone
+# ECE alone can be gamed: the report never shows it alone.
+BESIDE = ("accuracy", "ece", "brier", "nll", "auroc")
 RESAMPLES = 1000
 
 Samples = dict[str, NDArray[np.float64]]
@@ -283,7 +278,7 @@ def _reference(
 ) -> dict[str, float]:
     """The corner of the parents' worst values: what is worse than both parents adds no volume."""
     values = np.array([parents[kind].values for kind in ("pre", "post")])
-    worst = np.where([maximize for _, maximize in objectives], values.min(axis=0), values.max(axis=0))
+    worst = worst_corner(values, maximise=[maximize for _, maximize in objectives])
     return {name: float(value) for (name, _), value in zip(objectives, worst, strict=True)}
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import re
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -24,8 +22,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from search.errors import DiskError, MergefrontError, StorageError
 
 BUSY_SECONDS = 60  # how long a writer waits for another process that holds the database
-
-logger = logging.getLogger("mergefront")
 
 
 def sqlite_path(url: str) -> Path | None:
@@ -196,8 +192,3 @@ def _check_sqlite(path: Path, create: bool) -> None:
             f"{where}: a SQLite database of something else (tables {', '.join(sorted(tables)[:3])}...), "
             "not an Optuna storage. It is left untouched."
         )
-
-
-def wait(seconds: float) -> None:
-    """Sleeps between two looks at the storage."""
-    time.sleep(seconds)

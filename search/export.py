@@ -17,7 +17,7 @@ from search import __version__
 from search.board import Board, Row
 from search.config import StudyConfig
 from search.database import sqlite_path
-from search.errors import ConfigError, ExportError
+from search.errors import ExportError
 from search.manifest import MANIFEST, write_manifest
 from search.materials import groups_digest, provenance
 from search.mergekit_config import MERGEKIT, caveats, config_text, natural, number, place_of, quoted
@@ -28,7 +28,7 @@ from search.model_card import model_card
 from search.space import CoefficientSpace, Recipe
 from search.staging import check_space, locked_folder, staged_folder
 from search.storage import StudyStore
-from search.study import moved_config
+from search.study import check_identity, moved_config
 
 logger = logging.getLogger("mergefront")
 
@@ -89,13 +89,7 @@ class _Shipment:
         # Their values were read when the study began; equal digests say that they are still the same.
         parents = Parents.open(config.parents.pre, config.parents.post, check_values=False)
         space = CoefficientSpace.build(parents.names, config.space, config.merge.method)
-        began = store.attribute("identity")
-        for what, digest in (("parents", parents.digest), ("groups", groups_digest(space))):
-            if began.get(what) != digest:
-                raise ConfigError(
-                    f"study '{store.name}': {what} changed since it began (sha256 {str(began.get(what))[:12]} -> "
-                    f"{digest[:12]}). Restore them, or name their place: --set parents.pre=FOLDER."
-                )
+        check_identity(store, {"parents": parents.digest, "groups": groups_digest(space)})
         return cls(store, board, config, parents, space, getattr(torch, config.merge.dtype))
 
     def check_not_inside(self, final: Path) -> None:

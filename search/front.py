@@ -53,6 +53,16 @@ def hypervolume(points: npt.ArrayLike, ref: npt.ArrayLike, *, maximise: Sequence
     return float(hypervolume_batch(values[None], ref, maximise=maximise)[0])
 
 
+def worst_corner(points: npt.ArrayLike, *, maximise: Sequence[bool]) -> Floats:
+    """The worst value of each objective over `(n, m)` points: `(m,)`, a reference point for `hypervolume`.
+
+    >>> worst_corner([[0.5, 0.1], [0.6, 0.3]], maximise=(True, False)).tolist()
+    [0.5, 0.3]
+    """
+    values = np.asarray(points, dtype=np.float64)
+    return np.asarray(np.where(maximise, values.min(axis=0), values.max(axis=0)))
+
+
 def hypervolume_batch(points: npt.ArrayLike, ref: npt.ArrayLike, *, maximise: Sequence[bool]) -> Floats:
     """`(b,)` hypervolumes of `(b, n, m)` points, one per bootstrap resample; rules as for `hypervolume`."""
     stack = np.asarray(points, dtype=np.float64)

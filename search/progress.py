@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from search.database import shown
-from search.front import hypervolume, non_dominated
+from search.front import hypervolume, non_dominated, worst_corner
 from search.materials import Materials
 from search.observer import Observer, Step
 from search.storage import StudyStore, TrialRecord
@@ -170,7 +170,7 @@ class ProgressPrinter(Observer):
             return 0.0
         maximise = tuple(m for _, m in self._objectives)
         both = np.array(list(self._parents.values()))
-        corner = np.where(maximise, both.min(axis=0), both.max(axis=0))
+        corner = worst_corner(both, maximise=maximise)
         return hypervolume(np.array(list(self._values.values())), corner, maximise=maximise)
 
 

@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from search.board import Board, Row, Split
+from search.board import Board, Row
+from search.materials import Split
 from search.picks import named_picks
 
 

@@ -15,11 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
-from search.board import Board, Row, Split, read_board
+from search.board import Board, Row, read_board
 from search.config import StudyConfig
 from search.database import shown, sqlite_path
 from search.errors import DiskError
 from search.evidence import EvidenceFolder
+from search.materials import Split
 from search.picks import named_picks
 from search.plots.coefficients import coefficients_figure
 from search.plots.front import front_figure

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from search.database import shown
-from search.front import hypervolume
+from search.front import hypervolume, worst_corner
 from search.storage import State, StudyStore, TrialRecord
 from search.study import BASELINES, front_of
 
@@ -98,5 +98,5 @@ def _volume(done: list[TrialRecord], maximize: list[bool]) -> float | None:
     if len(parents) < 2:
         return None
     both = np.array(parents)
-    corner = np.where(maximize, both.min(axis=0), both.max(axis=0))
+    corner = worst_corner(both, maximise=maximize)
     return hypervolume(np.array([record.values for record in done]), corner, maximise=tuple(maximize))

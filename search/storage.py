@@ -67,9 +67,8 @@ class StudyStore:
         self._storage = study._storage
         self._records: dict[int, TrialRecord] = {}  # finished trials never change
         self._ids: dict[int, int] = {}
-        self._beats: dict[
-            int, tuple[Any, float]
-        ] = {}  # another worker's last beat, and when it was first seen here
+        # Another worker's last beat, and when it was first seen here.
+        self._beats: dict[int, tuple[Any, float]] = {}
 
     # -- the study ----------------------------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class StudyStore:
             tries = int(record.attributes.get("tries", 1))
             if record.state == "running" and record.kind == "search" and tries >= MAX_TRIES:
                 logger.warning("trial %d ended its worker %d times and is given up", record.number, tries)
-                self._finish(record.number, TrialState.FAIL, error=f"ended its worker {tries} times")
+                self._set_state(record.number, TrialState.FAIL, error=f"ended its worker {tries} times")
                 continue
             with translated(self.url):
                 trial_id = self._ids[record.number]
@@ -213,20 +212,20 @@ class StudyStore:
                 return False
             for key, value in (attributes or {}).items():
                 self.annotate(number, key, value)
-            self._finish(number, TrialState.COMPLETE, values=[float(value) for value in values])
+            self._set_state(number, TrialState.COMPLETE, values=[float(value) for value in values])
             return True
 
     def fail(self, number: int, error: str) -> None:
         """Fails a trial of this worker, with the reason."""
         with self.exclusive():
             if self._is_mine(number):
-                self._finish(number, TrialState.FAIL, error=error)
+                self._set_state(number, TrialState.FAIL, error=error)
 
     def give_back(self, number: int) -> None:
         """Puts an interrupted trial of this worker back into the queue, to be run again with the same recipe."""
         with self.exclusive():
             if self._is_mine(number):
-                self._storage.set_trial_state_values(self._ids[number], TrialState.WAITING)
+                self._set_state(number, TrialState.WAITING)
 
     @contextmanager
     def beating(self, number: int) -> Iterator[None]:
@@ -273,7 +272,8 @@ class StudyStore:
         return record
 
     def _is_mine(self, number: int) -> bool:
-        trial = self._storage.get_trial(self._ids[number])
+        with translated(self.url):
+            trial = self._storage.get_trial(self._ids[number])
         owner = trial.user_attrs.get("worker")
         return trial.state == TrialState.RUNNING and owner == this_worker().to_json()
 
@@ -293,7 +293,7 @@ class StudyStore:
             return False
         return now - since > self.grace
 
-    def _finish(
+    def _set_state(
         self, number: int, state: TrialState, values: list[float] | None = None, error: str = ""
     ) -> None:
         with translated(self.url):

@@ -9,10 +9,10 @@ weights, `objectives` measures, `storage` remembers, `front` compares.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from objectives.evaluator import Evaluation
 from search import __version__
 from search.config import StudyConfig, apply_overrides, differences, parse_study
-from search.database import shown, wait
+from search.database import shown
 from search.errors import (
     ConfigError,
     DiskError,
@@ -38,8 +38,6 @@ from search.observer import Observer
 from search.samplers import Engine, make_engine
 from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
-
-logger = logging.getLogger("mergefront")
 
 STUDY_SCHEMA = 1
 MAX_FAILURES_IN_A_ROW = 5  # then the set-up is broken, not the recipes
@@ -91,10 +89,9 @@ def create(
             f"study '{config.name}' exists with another config: {'; '.join(changed[:6])}. "
             "Rename the study, or take the changes back."
         )
-    _check_identity(store, materials)
-    if (
-        stored != config.to_json()
-    ):  # places may have moved: other workers and `export` look where this file says
+    check_identity(store, materials.identity)
+    # Places may have moved: other workers and `export` look where this file says.
+    if stored != config.to_json():
         store.set_attribute("config", config.to_json())
     return store, materials
 
@@ -112,7 +109,7 @@ def reopen(
     """
     store = StudyStore.open(url, name, **options)
     materials = Materials.open(moved_config(store, overrides), device)
-    _check_identity(store, materials)
+    check_identity(store, materials.identity)
     return store, materials
 
 
@@ -153,13 +150,18 @@ def _stored_config(store: StudyStore, value: object) -> StudyConfig:
     return parse_study(value, f"{shown(store.url)}: study '{store.name}'")
 
 
-def _check_identity(store: StudyStore, materials: Materials) -> None:
+def check_identity(store: StudyStore, found: Mapping[str, str]) -> None:
+    """Compares digests of parents, questions or groups with those that the study began with.
+
+    Raises:
+        ConfigError: one differs.
+    """
     began = store.attribute("identity")
-    for what, digest in materials.identity.items():
+    for what, digest in found.items():
         if began.get(what) != digest:
             raise ConfigError(
                 f"study '{store.name}': {what} changed since it began (sha256 {str(began.get(what))[:12]} -> "
-                f"{digest[:12]}). Restore them, or give the study a new name."
+                f"{digest[:12]}). Restore them, name their place (--set parents.pre=FOLDER), or rename the study."
             )
 
 
@@ -233,7 +235,7 @@ def _asked(store: StudyStore, materials: Materials, engine: Engine, first: int) 
         if trial is not None:
             yield trial
         elif any(record.state in ("running", "waiting") for record in store.trials()):
-            wait(POLL_SECONDS)  # another worker has the last ones; should it die, they are ours
+            time.sleep(POLL_SECONDS)  # another worker has the last ones; should it die, they are ours
         else:
             return
 
@@ -287,9 +289,8 @@ def _run_trial(
         observer.step("evidence", trial)
         told = store.complete(trial.number, values, attributes)
     except (Interrupted, DiskError, StorageError):
-        with suppress(
-            DiskError, StorageError
-        ):  # if it cannot be given back, it is adopted as from a dead worker
+        # If it cannot be given back, it is adopted like a dead worker's.
+        with suppress(DiskError, StorageError):
             store.give_back(trial.number)
         raise
     except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:

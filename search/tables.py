@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from search.board import Board, Cell, Row, Split
+from search.board import Board, Cell, Row
 from search.errors import ConfigError
+from search.materials import Split
 from search.picks import named_picks
 from search.reading import read, report_is_scored
 

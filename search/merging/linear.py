@@ -14,9 +14,8 @@ import torch
 
 from search.errors import MergeError
 
-CHUNK = (
-    2**19
-)  # elements: 2 MiB of float32, so that one step stays in the cache and starting threads costs little
+# Elements: 2 MiB of float32, so that one step stays in the cache and starting threads costs little.
+CHUNK = 2**19
 _HALF = 65504.0  # largest float16
 
 

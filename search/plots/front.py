@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from search.board import SPLITS, Board, Row, Split
+from search.board import SPLITS, Board, Row
 from search.front import non_dominated
+from search.materials import Split
 from search.picks import named_picks
 from search.plots.single import draw_one_objective
 from search.plots.style import (

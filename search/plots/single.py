@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from search.board import Board, Split
+from search.board import Board
+from search.materials import Split
 from search.picks import named_picks
 from search.plots.style import FAINT, FRONT, HALO, INK, KNEE, PARENTS, axis_label, whole_numbers
 
