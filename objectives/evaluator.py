@@ -31,8 +31,8 @@ class Evaluation:
     Attributes:
         outcomes: probabilities, computed from `loglikelihood / divisor` as float64 softmax.
         loglikelihood: `(n, k)` float32, natural log, summed over the option's tokens; -inf after the last option.
-        divisor: `(n, k)` float32, what `normalize` divides by: 1 (none), the option's tokens, or its UTF-8 bytes
-            without the leading space; 1 after the last option.
+        divisor: `(n, k)` float32, what `normalize` divides by: 1 (none), the option's tokens, or its characters
+            or UTF-8 bytes without the leading space; 1 after the last option.
         mass: `(n,)` float32, probability of all options' texts together (letter format: of the letters).
         scored_tokens: tokens that went through the model, padding not counted.
         digest: which questions, in which order: `questions_digest`.

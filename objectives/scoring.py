@@ -12,6 +12,7 @@ its plain ones in a check on a few tokens, is scored the plain way, and `Scorer.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,10 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
 
-CPU_BUDGET = 2048  # tokens a batch, padding counted
-GPU_BUDGET = 16384
+# Tokens a batch, padding counted: those that are tried, in this order. Beyond these, memory grows and speed does not.
+CPU_BATCHES = (256, 512, 1024, 2048, 4096)
+GPU_BATCHES = (4096, 8192, 16384, 32768, 65536)
+WORTH = 1.03  # a larger batch must be that much faster: timings are noisy, and small batches pad less
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +64,23 @@ class Scorer:
     Args:
         model: a transformers causal language model, on its device(s), in its dtype. Put into eval mode.
         tokenizer: the one whose tokens are scored.
-        budget: tokens a batch, padding counted; None: 2048 on a CPU, 16384 elsewhere. A constant by default, since
-            another batch shape changes the last bits of a score, and with them what a search proposes next: whoever
-            measures a better one (`measure_budget`) keeps it with the study.
+        batch_tokens: tokens a batch, padding counted; None: 1024 on a CPU, 16384 elsewhere, until `measure` finds
+            a better number. Another one changes the last bits of a score, and with them what a search proposes next:
+            a study measures once and keeps the answer.
 
     Attributes:
+        batch_tokens: as above.
         notes: how this model is scored, where that is not the default; filled by the first call.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, budget: int | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int | None = None) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.limit = max_length(model.config, tokenizer)
         self.notes: list[str] = []
-        device = model.get_input_embeddings().weight.device
-        self.budget = budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET)
+        on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+        self._candidates = CPU_BATCHES if on_cpu else GPU_BATCHES
+        self.batch_tokens = batch_tokens or self._candidates[2]
         self._packed: PackedModel | None = None
         self._checked = False
         self._plans: dict[int, tuple[Sequence[Question], list[EncodedQuestion], list[Group]]] = {}
@@ -110,37 +115,39 @@ class Scorer:
         _refuse_non_finite(scores, questions)
         return scores
 
-    def measure_budget(
-        self, questions: Sequence[Question], candidates: Sequence[int] = (512, 1024, 2048, 4096)
-    ) -> int:
-        """The candidate with the best token throughput on these questions, each timed on one batch; sets `budget`.
+    def measure(self, questions: Sequence[Question]) -> int:
+        """Sets `batch_tokens` to what scores most tokens a second here, and returns it.
 
-        Candidates that do not fit in memory are left out. Timing decides, so two calls may differ: call it once
-        and keep the answer.
+        One batch of each candidate size is timed, from the small ones up, until a larger one is no longer worth it or
+        does not fit into memory: fewer tokens than two evaluations of a few hundred questions. Timing decides, so two
+        calls may differ.
         """
-        import time
-
         _, _, groups = self._plan(questions)
         self._check()
         if self._packed is None or not groups:
-            return self.budget
+            return self.batch_tokens
         group = max(groups, key=lambda group: sum(map(len, group.rows)))
         cache = self._packed.prefix(group.prefix)
-        middle = group.rows[len(group.rows) // 4 :]
-        best = (0.0, self.budget)
-        for candidate in candidates:
-            rows = middle[: max(1, candidate // len(middle[0]))]
+        rows = group.rows[len(group.rows) // 4 :]  # longest first: neither the longest nor the shortest
+        self._packed.read(make_batch(rows[:1]), cache)  # the first call sets up kernels
+        best, fastest = self._candidates[0], 0.0
+        for candidate in self._candidates:
+            batch = make_batch(rows[: max(1, candidate // len(rows[0]))])
             try:
-                self._packed.read(make_batch(rows), cache)  # the first run of a shape sets up its kernels
                 start = time.perf_counter()
-                self._packed.read(make_batch(rows), cache)
+                self._packed.read(batch, cache)
             except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
                 break
-            best = max(best, (sum(map(len, rows)) / (time.perf_counter() - start), candidate))
-            if len(rows) == len(middle):
+            speed = sum(map(len, batch.rows)) / (time.perf_counter() - start)
+            if speed >= fastest * WORTH:
+                best, fastest = candidate, speed
+            elif speed < fastest / WORTH:
                 break
-        self.budget = best[1]
-        return self.budget
+            if len(batch.rows) == len(rows):
+                break
+        self.batch_tokens = best
+        return best
 
     def _plan(
         self, questions: Sequence[Question]
@@ -169,7 +176,7 @@ class Scorer:
         done = 0
         for group in groups:
             cache = packed.prefix(group.prefix)
-            for batch in pack(group, self.budget):
+            for batch in pack(group, self.batch_tokens):
                 for part, loglikelihood in _within_memory(packed, batch, cache):
                     np.add.at(total, (part.reads[:, 2], part.reads[:, 3]), loglikelihood)
                 done += len(batch.rows)
@@ -233,10 +240,11 @@ def _plain(model: Any, encoded: Sequence[EncodedQuestion], progress: Progress | 
         for i, question in enumerate(encoded):
             for j, (sequence, start) in enumerate(zip(question.sequences, question.starts, strict=True)):
                 ids = torch.tensor([sequence[:-1]], device=device)
-                logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 :].float()
+                # In float64, since torch's float32 log_softmax is off by 1e-5 a token over 49k tokens.
+                logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 :].double()
                 wanted = torch.tensor(sequence[start:], device=logits.device)
                 picked = torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])
-                total[i, j] = float(picked.double().sum())
+                total[i, j] = float(picked.sum())
                 fed += len(sequence) - 1
             if progress is not None:
                 progress(i + 1, len(encoded))

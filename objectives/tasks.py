@@ -43,7 +43,8 @@ class Question:
         context: text before every option.
         options: the continuations, as scored, with their leading space.
         gold: index of the right option.
-        normalizer: what each option's log-likelihood is divided by when `normalize: bytes`; else None.
+        normalizer: what each option's log-likelihood is divided by when `normalize` is `characters` or
+            `bytes`; else None.
         contexts: one context per option instead of `context` (WinoGrande); None otherwise.
     """
 
@@ -330,12 +331,21 @@ def _question(task: TaskConfig, index: int, item: Item, prefix: str, chat: _Chat
         contexts = [chat.wrap(context) for context in contexts]
         space = chat.space
     options = tuple(space + answer for answer in answers)
-    normalizer = tuple(float(len(a.encode("utf-8"))) for a in answers) if task.normalize == "bytes" else None
+    normalizer = _lengths(answers, task.normalize)
     several = tuple(contexts) if len(contexts) > 1 else None
     question = Question(
         "", index, contexts[0] if several is None else "", options, item.gold, normalizer, several
     )
     return replace(question, key=_sha256([question.context, several, options, item.gold]))
+
+
+def _lengths(answers: Sequence[str], normalize: str) -> tuple[float, ...] | None:
+    """What lm-eval's `acc_norm` (characters) and `acc_bytes` divide by; None for the other normalisations."""
+    if normalize == "characters":
+        return tuple(float(len(answer)) for answer in answers)
+    if normalize == "bytes":
+        return tuple(float(len(answer.encode("utf-8"))) for answer in answers)
+    return None
 
 
 class _Chat:

@@ -140,12 +140,12 @@ def plan_groups(encoded: Sequence[EncodedQuestion]) -> list[Group]:
     return result
 
 
-def pack(group: Group, budget: int) -> list[Batch]:
-    """A group's rows, longest first, in batches of at most `budget` tokens, padding counted; one row at least."""
+def pack(group: Group, batch_tokens: int) -> list[Batch]:
+    """A group's rows, longest first, in batches of at most `batch_tokens` tokens, padding counted; one row at least."""
     batches = []
     at = 0
     while at < len(group.rows):
-        count = max(1, budget // len(group.rows[at]))
+        count = max(1, batch_tokens // len(group.rows[at]))
         batches.append(make_batch(group.rows[at : at + count]))
         at += count
     return batches

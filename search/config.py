@@ -81,7 +81,7 @@ class TaskConfig(_Section):
     split: str | None = None
     subset: str | None = None
     format: Literal["continuation", "letter"] = "continuation"
-    normalize: Literal["none", "tokens", "bytes"] = "none"
+    normalize: Literal["none", "tokens", "characters", "bytes"] = "none"
     shots: int = Field(default=0, ge=0, le=64)
     limit: int | None = Field(default=None, ge=1)
     chat_template: bool = False

@@ -106,8 +106,8 @@ def test_batch_composition_does_not_matter(name: str) -> None:
     model, tokenizer = layout(name), pico_tokenizer()
     questions = some_questions(12, 1, False)
     whole = Scorer(model, tokenizer).loglikelihoods(questions).total
-    for budget in (1, 300, 10**6):
-        total = Scorer(model, tokenizer, budget).loglikelihoods(questions).total
+    for batch_tokens in (1, 300, 10**6):
+        total = Scorer(model, tokenizer, batch_tokens).loglikelihoods(questions).total
         assert np.abs(total - whole)[np.isfinite(whole)].max() < 1e-4
     for i in (0, 7):  # alone, without a shared prefix
         alone = Scorer(model, tokenizer).loglikelihoods(questions[i : i + 1]).total[0]
@@ -252,9 +252,45 @@ def test_halves_after_running_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert np.allclose(scorer.loglikelihoods(questions).total, wanted, atol=1e-4)
 
 
-def test_measured_budget_is_one_of_the_candidates() -> None:
+@pytest.mark.parametrize(
+    ("cost", "wanted"),
+    [
+        (lambda n: 0.02 + n * 1e-6, 4096),  # a call costs much, a token little
+        (lambda n: 0.01 + n * (1e-4 if n <= 600 else 3e-4), 512),  # beyond 600 tokens all is slow
+    ],
+)
+def test_batch_size_is_the_fastest(cost: Any, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
     scorer = Scorer(layout("llama"), pico_tokenizer())
-    assert scorer.measure_budget(some_questions(12, 2, False), (64, 256, 1024)) in (64, 256, 1024)
+    read = PackedModel.read
+
+    def timed(self: PackedModel, batch: Any, cache: Any) -> Any:
+        nonlocal now
+        now += cost(batch.tokens.size)
+        return np.zeros(len(batch.reads)) if batch.tokens.size > 300 else read(self, batch, cache)
+
+    questions = some_questions(80, 2, False)
+    scorer.loglikelihoods(questions[:2])
+    monkeypatch.setattr(PackedModel, "read", timed)
+    monkeypatch.setattr("objectives.scoring.time.perf_counter", lambda: now)
+    assert scorer.measure(questions) == scorer.batch_tokens == wanted
+
+
+def test_batch_size_stays_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(layout("llama"), pico_tokenizer())
+    questions = some_questions(80, 2, False)
+    scorer.loglikelihoods(questions[:2])
+    sizes = []
+
+    def small(self: PackedModel, batch: Any, cache: Any) -> Any:
+        sizes.append(batch.tokens.size)
+        if batch.tokens.size > 300:
+            raise torch.OutOfMemoryError("no room")
+        return np.zeros(len(batch.reads))
+
+    monkeypatch.setattr(PackedModel, "read", small)
+    assert scorer.measure(questions) == 256
+    assert max(sizes) > 300
 
 
 def test_progress_counts_questions() -> None:

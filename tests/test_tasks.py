@@ -86,10 +86,11 @@ def test_own_field_names_and_nested_ones(tmp_path: Path) -> None:
     assert {(q.options, q.gold) for q in found} == {((" p", " q"), 1)}
 
 
-def test_bytes_divide_by_utf8_bytes_without_the_space(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("normalize", "wanted"), [("characters", (3.0, 4.0)), ("bytes", (5.0, 4.0))])
+def test_lengths_without_the_space(normalize: Any, wanted: tuple[float, ...], tmp_path: Path) -> None:
     mine = {"question": "Où?", "choices": ["été", "abcd"], "answer": 0}
-    found = all_of(load(write(tmp_path / "q.jsonl", [mine, *rows(3)]), normalize="bytes"))
-    assert next(q for q in found if "Où" in q.context).normalizer == (5.0, 4.0)
+    found = all_of(load(write(tmp_path / "q.jsonl", [mine, *rows(3)]), normalize=normalize))
+    assert next(q for q in found if "Où" in q.context).normalizer == wanted
 
 
 GOOD = {"question": "What?", "choices": ["a", "b"], "answer": 0}
