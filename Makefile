@@ -12,7 +12,7 @@ help:
 	@echo "make test        lint, types and the fast tests"
 	@echo "make test-all    the slow tests, too"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
-	@echo "make bench       one merge against a memory copy and against mergekit"
+	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on that pair (about 40 minutes)"
 
 install: $(VENV)/.product
 
@@ -54,8 +54,13 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -m ''
 
-bench: $(VENV)/.test
-	$(BIN)/python studies/bench/merge.py
+$(VENV)/.bench: $(VENV)/.prepare
+	$(PIP) --editable '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.bench
+	$(BIN)/python studies/smollm2-135m/prepare.py
+	TQDM_DISABLE=1 $(BIN)/python studies/bench/run.py
 
 clean:
 	rm -rf $(VENV) runs studies/*/build .mypy_cache .pytest_cache .ruff_cache .hypothesis

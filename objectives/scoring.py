@@ -70,6 +70,7 @@ class Scorer:
 
     Attributes:
         batch_tokens: as above.
+        sized: whether `batch_tokens` was given or measured.
         notes: how this model is scored, where that is not the default; filled by the first call.
     """
 
@@ -81,6 +82,7 @@ class Scorer:
         on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
         self._candidates = CPU_BATCHES if on_cpu else GPU_BATCHES
         self.batch_tokens = batch_tokens or self._candidates[2]
+        self.sized = batch_tokens is not None
         self._packed: PackedModel | None = None
         self._checked = False
         self._plans: dict[int, tuple[Sequence[Question], list[EncodedQuestion], list[Group]]] = {}
@@ -146,8 +148,12 @@ class Scorer:
                 break
             if len(batch.rows) == len(rows):
                 break
-        self.batch_tokens = best
+        self.use(best)
         return best
+
+    def use(self, batch_tokens: int) -> None:
+        """Sets tokens a batch to what was measured before."""
+        self.batch_tokens, self.sized = batch_tokens, True
 
     def _plan(
         self, questions: Sequence[Question]

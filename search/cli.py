@@ -46,12 +46,15 @@ Set = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the study file; repeatable."),
 ]
-Device = Annotated[str, typer.Option(help="Where the model lives: auto, cpu, cuda, cuda:N.")]
+Device = Annotated[
+    str, typer.Option(help="Where the model lives: auto, cpu, cuda, cuda:N, or spread over all GPUs.")
+]
 Workers = Annotated[int, typer.Option(min=1, max=256, help="Processes that share the study on this machine.")]
 Grace = Annotated[
     float,
     typer.Option(min=1, help="Seconds of silence before a remote worker is dead.", rich_help_panel=ADVANCED),
 ]
+Profile = Annotated[bool, typer.Option("--profile", help="Print where the trials' time went.")]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print the effective study file as JSON and stop.")
 ]
@@ -117,6 +120,7 @@ def launch(
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to continue a study that exists.")] = False,
     show_config: ShowConfig = False,
+    profile: Profile = False,
     grace: Grace = 150.0,
 ) -> None:
     """Creates the study, or continues it when it exists with the same config."""
@@ -132,7 +136,7 @@ def launch(
         store, materials = create(config, url, device, fresh=fresh, grace=grace)
         # A budget that was extended before is not taken back by launching the same file again.
         set_budget(store, trials if trials is not None else max(config.trials, set_budget(store, None)))
-        _run(store, materials, workers, device)
+        _run(store, materials, workers, device, profile=profile)
 
 
 @app.command()
@@ -146,6 +150,7 @@ def resume(
     workers: Workers = 1,
     overrides: Set = [],  # noqa: B006
     device: Device = "auto",
+    profile: Profile = False,
     grace: Grace = 150.0,
     as_worker: AsWorker = False,
 ) -> None:
@@ -157,7 +162,7 @@ def resume(
             _url(storage, _study_name(name)), _study_name(name), device, overrides, grace=grace
         )
         set_budget(store, trials)
-        _run(store, materials, workers, device, overrides, as_worker=as_worker)
+        _run(store, materials, workers, device, overrides, as_worker=as_worker, profile=profile)
 
 
 @app.command()
@@ -254,6 +259,104 @@ def verify(
 
 
 @app.command()
+def calibrate(
+    target: Annotated[
+        str, typer.Argument(metavar="NAME|DIR", help="A study, an export with a checkpoint, or a checkpoint.")
+    ],
+    method: Annotated[
+        list[str],
+        typer.Option(help="temperature, naive, daca, dual-align, cape (studies only), or all; repeatable."),
+    ] = ["daca"],  # noqa: B006
+    select: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SEL", help="Of a study: pre, post, or as for export; repeatable.  [default: post, knee]"
+        ),
+    ] = [],  # noqa: B006
+    reference: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The pre-trained model, for a checkpoint of no study.")
+    ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(metavar="STUDY.yaml", help="Whose questions to fit on, for a checkpoint of no study."),
+    ] = None,
+    storage: Storage = None,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of a study in Markdown.")
+    ] = False,
+) -> None:
+    """Fits confidence temperatures: on a study's board as alternatives, or into a model's generation_config.json."""
+    from search.alternatives import chosen_methods
+
+    methods = chosen_methods(method)
+    with interruptible():
+        if (Path(target) / "config.json").is_file() or (Path(target) / "manifest.json").is_file():
+            _calibrate_folder(Path(target), methods, reference, study, storage, overrides, device)
+        else:
+            _calibrate_study(target, methods, select, storage, overrides, device, markdown)
+
+
+def _calibrate_folder(
+    folder: Path,
+    methods: list[str],
+    reference: Path | None,
+    study: Path | None,
+    storage: str | None,
+    overrides: list[str],
+    device: str,
+) -> None:
+    from search.calibrate import calibrate_checkpoint, calibrate_export
+    from search.config import load_study_file
+
+    if len(methods) != 1:
+        raise ConfigError("--method: a model carries one temperature. Name one method.")
+    if (folder / "manifest.json").is_file():
+        fitted = calibrate_export(folder, methods[0], storage, overrides, device)
+    elif study is None:
+        raise ConfigError(
+            "--study: wanted a study file with the questions to fit on, such as --study STUDY.yaml."
+        )
+    else:
+        fitted = calibrate_checkpoint(
+            folder, reference, load_study_file(study, overrides), methods[0], device
+        )
+    print(f"{folder}  temperature {fitted.temperature:.4g}  ({fitted.method}, {fitted.questions} questions)")
+    if fitted.reason:
+        logging.getLogger("mergefront").warning("%s", fitted.reason)
+
+
+def _calibrate_study(
+    name: str,
+    methods: list[str],
+    select: list[str],
+    storage: str | None,
+    overrides: list[str],
+    device: str,
+    markdown: bool,
+) -> None:
+    from search.alternatives import Scores
+    from search.board import read_board
+    from search.calibrate import calibrate_study
+    from search.calibration_table import calibration_table
+    from search.evidence import EvidenceFolder
+    from search.picks import pick
+    from search.study import reopen
+
+    store, materials = reopen(_url(storage, _study_name(name)), _study_name(name), device, overrides)
+    board = read_board(store)
+    named = {kind: board.of_kind(kind)[0] for kind in ("pre", "post")}
+    rows = [named[one] if one in named else pick(board, one) for one in select or ["post", "knee"]]
+    calibrate_study(store, materials, rows, methods, named["pre"].trial)
+    records = [record for record in store.trials() if record.state == "complete"]
+    scores = Scores(EvidenceFolder(store.url, store.name), records, store.attributes())
+    table = calibration_table(read_board(store), scores, store.attributes())
+    print(table.markdown() if markdown else table.text())
+    print(f"\n{table.caption}")
+
+
+@app.command()
 def report(
     name: Name,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for pictures and page.")],
@@ -331,10 +434,12 @@ def _run(
     overrides: list[str] | None = None,
     *,
     as_worker: bool = False,
+    profile: bool = False,
 ) -> None:
     from search.board import read_board
     from search.console import stderr_console
     from search.database import shown, sqlite_path
+    from search.profile import read_profile
     from search.progress import ProgressPrinter
     from search.study import run
     from search.tables import front_table
@@ -344,6 +449,8 @@ def _run(
     printer = ProgressPrinter(store, materials, stderr_console(), quiet=_OPTIONS["quiet"] or as_worker)
     with helpers(workers - 1, store, device, overrides or []), _closing(printer):
         run(store, materials, printer, report=not as_worker)
+    if profile and (found := read_profile(store.trials())) is not None:
+        print(found.text(), file=sys.stderr)
     if not as_worker and not _OPTIONS["quiet"]:
         print(front_table(read_board(store)))
         local = sqlite_path(store.url) is not None

@@ -136,7 +136,12 @@ class SamplerConfig(_Section):
 
 
 class StudyConfig(_Section):
-    """A whole study file."""
+    """A whole study file.
+
+    `batch_tokens` is how many tokens are scored at once, padding counted; without it the study measures what is
+    fastest on each kind of device and keeps to it. Another number changes the last bits of the scores, so give one
+    where two studies shall be equal bit by bit.
+    """
 
     model_config = ConfigDict(**(_Section.model_config | ConfigDict(populate_by_name=True)))
 
@@ -150,6 +155,7 @@ class StudyConfig(_Section):
     objectives: Annotated[list[str], Field(min_length=1, max_length=8)] = ["accuracy", "ece"]
     sampler: SamplerConfig = SamplerConfig()
     trials: int = Field(default=64, ge=0, le=1_000_000)
+    batch_tokens: int | None = Field(default=None, ge=1, le=2**24)
 
     @field_validator("objectives")
     @classmethod

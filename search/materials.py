@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.metrics import Metric, get_metric
+from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
 from search.config import StudyConfig
-from search.errors import ConfigError
 from search.merging.live import LiveModel
 from search.merging.parents import Parents
+from search.merging.placement import choose_device
 from search.space import CoefficientSpace, Recipe
 
 Split = Literal["search", "report"]
@@ -81,17 +82,22 @@ class Materials:
 
         return LiveModel(self.parents, getattr(torch, self.config.merge.dtype), self.device)
 
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The live model's scorer, shared by both splits."""
+        return Scorer(self.live.model, self.tokenizer, self.config.batch_tokens)
+
     def evaluator(self, split: Split) -> Evaluator:
         """The evaluator of one split, made at its first use."""
         return self._search_evaluator if split == "search" else self._report_evaluator
 
     @cached_property
     def _search_evaluator(self) -> Evaluator:
-        return Evaluator(self.live.model, self.tokenizer, self.questions.search, self.config.tasks)
+        return Evaluator(self.scorer, self.tokenizer, self.questions.search, self.config.tasks)
 
     @cached_property
     def _report_evaluator(self) -> Evaluator:
-        return Evaluator(self.live.model, self.tokenizer, self.questions.report, self.config.tasks)
+        return Evaluator(self.scorer, self.tokenizer, self.questions.report, self.config.tasks)
 
     def merge(self, recipe: Recipe) -> None:
         """Writes the recipe's weights into the live model."""
@@ -127,26 +133,3 @@ def _licence(card: Path) -> str | None:
         return None
     match = re.match(r"---\n(?:.*\n)*?license:\s*['\"]?([\w.+-]+)", head)
     return match[1] if match else None
-
-
-def choose_device(name: str) -> str:
-    """The device that `--device` names; `auto` is a GPU if there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name}: wanted auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here.")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: wanted auto, cpu, cuda or cuda:N.")
-    return name

@@ -19,6 +19,9 @@ class Observer:
     def step(self, step: Step, trial: TrialRecord) -> None:
         """A trial reached a step."""
 
+    def batches(self, tokens: int) -> None:
+        """Tokens a batch, padding counted, once they are known."""
+
     def evaluating(self, done: int, of: int) -> None:
         """Questions scored so far."""
 

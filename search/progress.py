@@ -16,6 +16,7 @@ from rich.text import Text
 from search.database import shown
 from search.front import hypervolume, non_dominated, worst_corner
 from search.materials import Materials
+from search.merging.placement import device_title
 from search.observer import Observer, Step
 from search.storage import StudyStore, TrialRecord
 
@@ -70,6 +71,12 @@ class ProgressPrinter(Observer):
     def step(self, step: Step, trial: TrialRecord) -> None:
         if step == "asked":
             self._trial_began = time.monotonic()
+
+    def batches(self, tokens: int) -> None:
+        if not self._quiet:
+            logger.info(
+                "batches of %d tokens, the fastest on %s", tokens, device_title(self._materials.device)
+            )
 
     def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
         for record in self._store.trials():  # other workers' results, too

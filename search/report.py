@@ -15,7 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
+from search.alternatives import Scores, read_alternatives
 from search.board import Board, Row, read_board
+from search.calibration_table import CalibrationTable, calibration_table
 from search.config import StudyConfig
 from search.database import shown, sqlite_path
 from search.errors import DiskError
@@ -27,6 +29,7 @@ from search.plots.front import front_figure
 from search.plots.history import hypervolume_figure
 from search.plots.reliability import Panel, reliability_figure
 from search.plots.style import Picture, printable, render, render_svg
+from search.profile import read_profile
 from search.reading import beats, read, report_is_scored
 from search.storage import StudyStore
 from search.study import stored_config
@@ -88,6 +91,12 @@ def reliability_panels(store: StudyStore, board: Board) -> tuple[list[Panel], Sp
         digest = attributes[f"report:{trial}"] if split == "report" else digests[trial]
         title = ", ".join(names) + (f" (trial {trial})" if board.row(trial).kind == "search" else "")
         panels.append(Panel(title, evidence.load(str(digest)).outcomes))
+    records = [record for record in store.trials() if record.state == "complete"]
+    scores = Scores(evidence, records, attributes)
+    alternatives = list(read_alternatives(scores, records, attributes))
+    panels += [
+        Panel(one.label, scores.tempered(one, split)) for one in alternatives if scores.has(one, split)
+    ]
     return panels, split
 
 
@@ -129,17 +138,29 @@ def _page(
         remarks=read(board, failed),
         picks=[(board.row(trial), names) for trial, names in notes.items()],
         notes=notes,
-        rows=[*board.front, *(row for row in board.uniform_line() if not row.front)],
+        rows=[*board.front, *(row for row in board.uniform_line() if not row.front), *board.alternatives],
         beside=[name for name in BESIDE if name not in dict(board.objectives)],
         wins=lambda row, name: all(beats(row, board, parent, name) for parent in ("pre", "post")),
         searched=len(board.of_kind("search")),
         baselines=len(board.uniform_line()),
         pictures=pictures,
         panels=panels,
+        profile=read_profile(records),
+        calibration=_calibration(store, board),
         where=where,
         settings=_yaml(config).splitlines(),
         commands=list(_commands(store, board)),
     )
+
+
+def _calibration(store: StudyStore, board: Board) -> CalibrationTable | None:
+    """Calibrators side by side; None until the report split is scored, or where it is too small to split again."""
+    if board.questions["report"] < 4 or not all(row.report for row in board.of_kind("pre", "post")):
+        return None
+    attributes = store.attributes()
+    records = [record for record in store.trials() if record.state == "complete"]
+    scores = Scores(EvidenceFolder(store.url, store.name), records, attributes)
+    return calibration_table(board, scores, attributes)
 
 
 def _commands(store: StudyStore, board: Board) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The study's Optuna storage: opening, claiming, finishing, adopting. The only module that knows Optuna storages.
+"""The study's Optuna storage: opening, claiming, finishing, adopting. With `trials`, all that knows Optuna storages.
 
 Every trial is created whole (all coefficients in one transaction) and under a lock, so its number is its place in the
 sequence of draws. A trial whose worker died stays what it is and is adopted by the next worker: same number, same
@@ -13,60 +13,41 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState, create_trial
 
 from search.database import connect, exclusive, shown, sqlite_path, translated
 from search.errors import StorageError
+from search.trials import History, State, TrialRecord, TrialTables
 from search.worker import Worker, this_worker
+
+__all__ = ["State", "StudyStore", "TrialRecord"]
 
 logger = logging.getLogger("mergefront")
 
-State = Literal["complete", "failed", "running", "waiting"]
 MAX_TRIES = 5  # a search recipe that ended its worker that often is not tried again
 BEAT_SECONDS = 20.0
 GRACE_SECONDS = 150.0  # a worker of another machine that was silent so long is taken for dead
 
-_STATES: dict[TrialState, State] = {
-    TrialState.COMPLETE: "complete",
-    TrialState.FAIL: "failed",
-    TrialState.PRUNED: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
 _ATTRIBUTE = "mergefront:"
-
-
-@dataclass(frozen=True)
-class TrialRecord:
-    """One trial as the product sees it; `values` in the order of the study's objectives, None until complete."""
-
-    number: int
-    kind: str
-    state: State
-    coefficients: Mapping[str, float]
-    values: tuple[float, ...] | None
-    attributes: Mapping[str, Any]
-    tags: Mapping[str, Any]  # what the engine that proposed it wants to find again
-    seconds: float | None
 
 
 class StudyStore:
     """One study in one storage."""
 
-    def __init__(self, url: str, study: optuna.Study, grace: float = GRACE_SECONDS) -> None:
+    def __init__(self, url: str, storage: RDBStorage, name: str, grace: float = GRACE_SECONDS) -> None:
         self.url = url
-        self.name = study.study_name
+        self.name = name
         self.grace = grace
-        self._study = study
-        self._storage = study._storage
-        self._records: dict[int, TrialRecord] = {}  # finished trials never change
-        self._ids: dict[int, int] = {}
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(name)
+        self._tables = TrialTables(storage.engine, self._study_id)
+        self._history = History(self._tables)
         # Another worker's last beat, and when it was first seen here.
         self._beats: dict[int, tuple[Any, float]] = {}
 
@@ -96,7 +77,7 @@ class StudyStore:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ExperimentalWarning)
                     study.set_metric_names(names)  # optuna-dashboard shows them
-        return cls(url, study, **options)
+        return cls(url, storage, name, **options)
 
     @classmethod
     def open(cls, url: str, name: str, **options: Any) -> StudyStore:
@@ -116,7 +97,7 @@ class StudyStore:
                 raise StorageError(
                     f"{shown(url)}: study '{name}' was not made by mergefront, so it cannot be continued here."
                 )
-        return cls(url, study, **options)
+        return cls(url, storage, name, **options)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -127,24 +108,26 @@ class StudyStore:
     def attribute(self, key: str) -> Any:
         """A study-level value, None if it was never set."""
         with translated(self.url):
-            return self._storage.get_study_user_attrs(self._study._study_id).get(_ATTRIBUTE + key)
+            return self._storage.get_study_user_attrs(self._study_id).get(_ATTRIBUTE + key)
 
     def attributes(self) -> dict[str, Any]:
         with translated(self.url):
-            attrs = self._storage.get_study_user_attrs(self._study._study_id)
+            attrs = self._storage.get_study_user_attrs(self._study_id)
             return {k.removeprefix(_ATTRIBUTE): v for k, v in attrs.items() if k.startswith(_ATTRIBUTE)}
 
     def set_attribute(self, key: str, value: Any) -> None:
         with translated(self.url):
-            self._storage.set_study_user_attr(self._study._study_id, _ATTRIBUTE + key, value)
+            self._storage.set_study_user_attr(self._study_id, _ATTRIBUTE + key, value)
 
     # -- its trials ---------------------------------------------------------------------------------------------
 
     def trials(self) -> list[TrialRecord]:
         """All trials of ours, by number; trials that others put into the study by hand are left out."""
-        with translated(self.url):
-            frozen = self._storage.get_all_trials(self._study._study_id, deepcopy=False)
-        return [self._record(trial) for trial in frozen if "kind" in trial.user_attrs]
+        return list(self._refreshed().records)
+
+    def scored(self, recipe: str) -> TrialRecord | None:
+        """The first complete trial whose attribute `recipe` is this; None if there is none."""
+        return self._refreshed().scored(recipe)
 
     def claim(
         self,
@@ -163,39 +146,39 @@ class StudyStore:
             system_attrs=dict(tags),
         )
         with translated(self.url):
-            trial_id = self._storage.create_new_trial(self._study._study_id, template_trial=template)
-            return self._record(self._storage.get_trial(trial_id))
+            trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
+        return self._refreshed().of(trial_id)
 
     def adopt(self) -> TrialRecord | None:
         """Takes over the first trial that was given back or whose worker died; None if there is none.
 
         Call it while `exclusive`. A recipe that ended its worker `MAX_TRIES` times is failed instead.
         """
-        for record in self.trials():
-            if not (record.state == "waiting" or (record.state == "running" and self._is_orphan(record))):
+        for record in self._refreshed().open:
+            if record.state == "running" and not self._is_orphan(record):
                 continue
             tries = int(record.attributes.get("tries", 1))
             if record.state == "running" and record.kind == "search" and tries >= MAX_TRIES:
                 logger.warning("trial %d ended its worker %d times and is given up", record.number, tries)
                 self._set_state(record.number, TrialState.FAIL, error=f"ended its worker {tries} times")
                 continue
+            trial_id = self._history.id_of(record.number)
+            died = record.state == "running"
             with translated(self.url):
-                trial_id = self._ids[record.number]
-                died = record.state == "running"
                 self._storage.set_trial_user_attr(trial_id, "worker", this_worker().to_json())
                 self._storage.set_trial_user_attr(trial_id, "tries", tries + died)
                 if record.state == "waiting":
                     self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-                logger.info(
-                    "trial %d is taken over (%s)", record.number, "its worker died" if died else "given back"
-                )
-                return self._record(self._storage.get_trial(trial_id))
+            logger.info(
+                "trial %d is taken over (%s)", record.number, "its worker died" if died else "given back"
+            )
+            return self._refreshed().of(trial_id)
         return None
 
     def annotate(self, number: int, key: str, value: Any) -> None:
         """Writes an attribute of a running trial."""
         with translated(self.url):
-            self._storage.set_trial_user_attr(self._ids[number], key, value)
+            self._storage.set_trial_user_attr(self._history.id_of(number), key, value)
 
     def complete(
         self, number: int, values: Sequence[float], attributes: Mapping[str, Any] | None = None
@@ -252,30 +235,16 @@ class StudyStore:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _record(self, trial: FrozenTrial) -> TrialRecord:
-        if (known := self._records.get(trial._trial_id)) is not None:
-            return known
-        duration = trial.duration
-        record = TrialRecord(
-            number=trial.number,
-            kind=str(trial.user_attrs["kind"]),
-            state=_STATES[trial.state],
-            coefficients=dict(trial.params),
-            values=None if trial.values is None else tuple(trial.values),
-            attributes=dict(trial.user_attrs),
-            tags=dict(trial.system_attrs),
-            seconds=None if duration is None else duration.total_seconds(),
-        )
-        self._ids[trial.number] = trial._trial_id
-        if trial.state.is_finished():
-            self._records[trial._trial_id] = record
-        return record
+    def _refreshed(self) -> History:
+        with translated(self.url):
+            self._history.refresh()
+        return self._history
 
     def _is_mine(self, number: int) -> bool:
+        # Read past the history: the heart beats in a thread of its own.
         with translated(self.url):
-            trial = self._storage.get_trial(self._ids[number])
-        owner = trial.user_attrs.get("worker")
-        return trial.state == TrialState.RUNNING and owner == this_worker().to_json()
+            ((_, record),) = self._tables.read([self._history.id_of(number)])
+        return record.state == "running" and record.attributes.get("worker") == this_worker().to_json()
 
     def _is_orphan(self, record: TrialRecord) -> bool:
         owner = record.attributes.get("worker")
@@ -298,5 +267,5 @@ class StudyStore:
     ) -> None:
         with translated(self.url):
             if error:
-                self._storage.set_trial_user_attr(self._ids[number], "error", error[:2000])
-            self._storage.set_trial_state_values(self._ids[number], state, values)
+                self._storage.set_trial_user_attr(self._history.id_of(number), "error", error[:2000])
+            self._storage.set_trial_state_values(self._history.id_of(number), state, values)

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ from search.evidence import EvidenceFolder
 from search.front import non_dominated
 from search.interrupt import Interrupted
 from search.materials import Materials, Split
+from search.merging.placement import device_title
 from search.observer import Observer
+from search.profile import ATTRIBUTE, Stopwatch
 from search.samplers import Engine, make_engine
 from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
@@ -180,6 +183,18 @@ def _facts(materials: Materials) -> dict[str, Any]:
 # -- the loop ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Worker:
+    """One process at work on a study."""
+
+    store: StudyStore
+    materials: Materials
+    evidence: EvidenceFolder
+    engine: Engine
+    observer: Observer
+    watch: Stopwatch
+
+
 def set_budget(store: StudyStore, text: str | int | None) -> int:
     """The number of search trials beyond the baselines: `80` sets it (never below what is done), `+50` adds to it."""
     with store.exclusive():
@@ -205,33 +220,34 @@ def run(
         TooManyFailuresError: several trials in a row failed. EvaluationError: a baseline failed.
         Interrupted: a signal; the trial under way is back in the queue.
     """
-    observer = observer or Observer()
-    evidence = EvidenceFolder(store.url, store.name)
     engine = make_engine(
         materials.config.sampler,
         materials.space.names,
         (materials.space.low, materials.space.high),
         tuple(metric.maximize for metric in materials.metrics),
     )
+    evidence = EvidenceFolder(store.url, store.name)
+    worker = _Worker(store, materials, evidence, engine, observer or Observer(), Stopwatch())
     before = store.trials()
-    observer.started(before, len(BASELINES) + int(store.attribute("trials")))
-    for trial in _asked(store, materials, engine, first=len(before)):
-        observer.step("asked", trial)
-        _run_trial(store, materials, evidence, trial, observer)
-    observer.ended(store.trials())
+    worker.observer.started(before, len(BASELINES) + int(store.attribute("trials")))
+    for trial in _asked(worker, first=len(before)):
+        worker.observer.step("asked", trial)
+        _run_trial(worker, trial)
+    worker.observer.ended(store.trials())
     if report:
-        score_report_split(store, materials, evidence, observer)
+        _score_report_split(worker)
 
 
-def _asked(store: StudyStore, materials: Materials, engine: Engine, first: int) -> Iterator[TrialRecord]:
+def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
     """Trials for this worker, until the budget is complete and no trial is left to take over.
 
     Args:
         first: number of the first trial of this run: earlier failures may have been mended.
     """
+    store = worker.store
     while True:
-        with store.exclusive():
-            trial = store.adopt() or _drawn(store, materials, engine, first)
+        with worker.watch.measuring("store"), store.exclusive():
+            trial = store.adopt() or _drawn(worker, first)
         if trial is not None:
             yield trial
         elif any(record.state in ("running", "waiting") for record in store.trials()):
@@ -240,20 +256,21 @@ def _asked(store: StudyStore, materials: Materials, engine: Engine, first: int) 
             return
 
 
-def _drawn(store: StudyStore, materials: Materials, engine: Engine, first: int) -> TrialRecord | None:
+def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
     """A new trial, or None if the budget is given out. Failed trials do not count: others are drawn in their place."""
+    store, engine, space = worker.store, worker.engine, worker.materials.space
     history = store.trials()
     _stop_after_failures(history[first:])
     given_out = sum(record.state != "failed" for record in history)
     if given_out >= len(BASELINES) + int(store.attribute("trials")):
         return None
-    space = materials.space
     missing = _missing_baseline(history, space)
     if missing is not None:
         kind, coefficient = BASELINES[missing]
         recipe, tags = space.uniform(coefficient), engine.baseline_tags(missing)
     else:
-        proposal = engine.propose(history, draw=len(history))
+        with worker.watch.measuring("propose"):
+            proposal = engine.propose(history, draw=len(history))
         kind, tags = "search", proposal.tags
         recipe = space.from_vector([proposal.coefficients[name] for name in space.names])
     return store.claim(
@@ -278,16 +295,16 @@ def _missing_baseline(history: Sequence[TrialRecord], space: CoefficientSpace) -
     return None
 
 
-def _run_trial(
-    store: StudyStore, materials: Materials, evidence: EvidenceFolder, trial: TrialRecord, observer: Observer
-) -> None:
+def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
     """merge -> evaluate -> evidence -> tell. The tell is the commit point: whatever ends the process before it, the
     next worker runs the same recipe again."""
+    store, observer = worker.store, worker.observer
     try:
         with store.beating(trial.number):
-            values, attributes = _known(store, trial) or _measured(materials, evidence, trial, observer)
+            values, attributes = _known(store, trial) or _measured(worker, trial)
         observer.step("evidence", trial)
-        told = store.complete(trial.number, values, attributes)
+        with worker.watch.measuring("store"):
+            told = store.complete(trial.number, values, {**attributes, ATTRIBUTE: worker.watch.lap()})
     except (Interrupted, DiskError, StorageError):
         # If it cannot be given back, it is adopted like a dead worker's.
         with suppress(DiskError, StorageError):
@@ -310,43 +327,75 @@ def _run_trial(
 
 def _known(store: StudyStore, trial: TrialRecord) -> tuple[list[float], dict[str, Any]] | None:
     """The result of a finished trial with the same recipe: genetic algorithms propose exact duplicates."""
-    for record in store.trials():
-        same = record.attributes["recipe"] == trial.attributes["recipe"] and record.number != trial.number
-        if same and record.state == "complete" and record.values is not None:
-            return list(record.values), {"evidence": record.attributes["evidence"], "same_as": record.number}
-    return None
+    twin = store.scored(trial.attributes["recipe"])
+    if twin is None or twin.values is None:
+        return None
+    return list(twin.values), {"evidence": twin.attributes["evidence"], "same_as": twin.number}
 
 
-def _measured(
-    materials: Materials, evidence: EvidenceFolder, trial: TrialRecord, observer: Observer
-) -> tuple[list[float], dict[str, Any]]:
-    evaluation = _evaluated(materials, trial, "search", observer)
-    values = [float(metric.value(evaluation.outcomes)) for metric in materials.metrics]
-    for metric, value in zip(materials.metrics, values, strict=True):
+def _measured(worker: _Worker, trial: TrialRecord) -> tuple[list[float], dict[str, Any]]:
+    evaluation = _evaluated(worker, trial, "search")
+    metrics = worker.materials.metrics
+    values = [float(metric.value(evaluation.outcomes)) for metric in metrics]
+    for metric, value in zip(metrics, values, strict=True):
         if not math.isfinite(value):
             raise EvaluationError(f"{metric.name}: found {value}, wanted a finite number.")
-    return values, {"evidence": evidence.save(evaluation)}
+    with worker.watch.measuring("store"):
+        return values, {"evidence": worker.evidence.save(evaluation)}
 
 
-def _evaluated(materials: Materials, trial: TrialRecord, split: Split, observer: Observer) -> Evaluation:
+def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> Evaluation:
+    materials, observer, watch = worker.materials, worker.observer, worker.watch
+    if (tokens := size_batches(worker.store, materials)) is not None:
+        observer.batches(tokens)
     observer.step("merging", trial)
-    materials.merge(Recipe(materials.space.method, trial.coefficients))
+    with watch.measuring("merge"):
+        materials.merge(Recipe(materials.space.method, trial.coefficients))
     observer.step("merged", trial)
-    evaluation = materials.evaluate(split, observer.evaluating)
+    with watch.measuring("score"):
+        evaluation = materials.evaluate(split, observer.evaluating)
     observer.step("evaluated", trial)
     return evaluation
 
 
-def score_report_split(
-    store: StudyStore, materials: Materials, evidence: EvidenceFolder, observer: Observer
-) -> None:
+def size_batches(store: StudyStore, materials: Materials) -> int | None:
+    """Sets tokens a batch to what the study's first worker on such a device measured, unless the study file says it.
+
+    Another batch changes the last bits of a score, so a study keeps to one.
+
+    Returns:
+        The number, the first time; None once it is set.
+    """
+    if materials.config.batch_tokens is not None or materials.scorer.sized:
+        return None
+    with store.exclusive():
+        size = batch_tokens(store, materials.config, materials.device)
+        if size is None:
+            size = materials.scorer.measure(materials.questions.search)
+            store.set_attribute(_batch_key(materials.device), size)
+    materials.scorer.use(size)
+    return size
+
+
+def batch_tokens(store: StudyStore, config: StudyConfig, device: str) -> int | None:
+    """Tokens a batch of a study on such a device: given, or measured earlier; None if neither."""
+    known = config.batch_tokens or store.attribute(_batch_key(device))
+    return None if known is None else int(known)
+
+
+def _batch_key(device: str) -> str:
+    return f"batch_tokens:{device_title(device)}"
+
+
+def _score_report_split(worker: _Worker) -> None:
     """Scores parents, uniform line and front (or all trials, see `split.report`) on the report split.
 
     Nothing is chosen here: who is on the front was decided on the search split.
     """
+    store = worker.store
     done = [record for record in store.trials() if record.state == "complete"]
-    on_front = front_of(done, [metric.maximize for metric in materials.metrics])
-    everybody = materials.config.split.report == "all"
+    on_front = front_of(done, [metric.maximize for metric in worker.materials.metrics])
+    everybody = worker.materials.config.split.report == "all"
     known = store.attributes()
     due = [
         record
@@ -360,12 +409,12 @@ def score_report_split(
         if f"report:{record.number}" in known
     }
     for index, record in enumerate(due):
-        observer.reporting(index, len(due))
+        worker.observer.reporting(index, len(due))
         key = record.attributes["recipe"]
         if key not in by_recipe:
-            by_recipe[key] = evidence.save(_evaluated(materials, record, "report", observer))
+            by_recipe[key] = worker.evidence.save(_evaluated(worker, record, "report"))
         store.set_attribute(f"report:{record.number}", by_recipe[key])
-    observer.reporting(len(due), len(due))
+    worker.observer.reporting(len(due), len(due))
 
 
 def front_of(records: Sequence[TrialRecord], maximize: Sequence[bool]) -> set[int]:

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.metrics import get_metric
+from objectives.scoring import Scorer
 from objectives.tasks import load_questions
 from search.config import StudyConfig
 from search.errors import ConfigError, ExportError
 from search.evidence import EvidenceFolder
 from search.export import CONFIG, MODEL
 from search.manifest import MANIFEST, read_manifest
-from search.materials import choose_device
 from search.mergekit_config import read_config_weights
 from search.merging.checkpoint import Checkpoint
 from search.merging.header import shown
-from search.merging.layout import attention, empty_model, load_config, read_layout
+from search.merging.layout import empty_model, load_config, read_layout
+from search.merging.loading import REFUSED, load_model
 from search.merging.methods import tensor_weights
 from search.merging.parents import Parents
+from search.merging.placement import choose_device, place
 from search.merging.tokenizers import load_tokenizer
 from search.space import CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
-from search.study import moved_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from search.study import batch_tokens, moved_config
 
 # How far a log-likelihood may lie from the stored one: absolute, and as a share of it. The weights are the same bits,
 # so on the same machine the difference is zero or rounding of float32 sums; the wider bounds of the 16-bit types are
@@ -48,7 +48,7 @@ def verify_folder(folder: Path, storage: str | None, overrides: Sequence[str], d
     Args:
         storage: where the study is, if not where the manifest says.
         overrides: new places of tasks and parents (`tasks.0.path=...`).
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `spread`.
 
     Raises:
         ExportError: the export is not what it promises. StorageError, ConfigError: the study cannot be read.
@@ -56,13 +56,13 @@ def verify_folder(folder: Path, storage: str | None, overrides: Sequence[str], d
     for one in _exports(folder):
         manifest = read_manifest(one)
         yield f"{one}: {len(manifest['files'])} files as in the manifest"
-        study = _Study.open(one, manifest, storage, overrides)
+        study = ExportedStudy.open(one, manifest, storage, overrides)
         yield from (
             study.rescored(one / MODEL, device) if manifest.get("weights") else study.compared(one / CONFIG)
         )
 
 
-class _Study:
+class ExportedStudy:
     """The study behind one export, and the trial it ships."""
 
     def __init__(
@@ -76,7 +76,7 @@ class _Study:
     @classmethod
     def open(
         cls, folder: Path, manifest: Mapping[str, Any], storage: str | None, overrides: Sequence[str]
-    ) -> _Study:
+    ) -> ExportedStudy:
         where = folder / MANIFEST
         missing = {"storage", "study", "trial", "recipe", "parents_digest", "evidence"} - manifest.keys()
         if missing or not isinstance(manifest["evidence"], dict):
@@ -134,7 +134,16 @@ class _Study:
             folder,
         )
         tokenizer = load_tokenizer(folder)
-        model = _load(folder, dtype, choose_device(device))
+        model = load_model(
+            folder,
+            load_config(folder),
+            getattr(torch, dtype),
+            error=ExportError,
+            refused=(*REFUSED, "unexpected_keys"),
+        )
+        where = choose_device(device)
+        # The batches of the study: others would change the last bits.
+        scorer = Scorer(place(model, where), tokenizer, batch_tokens(self.store, self.config, where))
         yield f"{MODEL}  {len(saved.names)} tensors, all finite; loads with no missing and no unexpected key"
         questions = load_questions(self.config.tasks, self.config.split, tokenizer)
         began = self.store.attribute("identity")["questions"]
@@ -150,7 +159,7 @@ class _Study:
                 yield f"{split}  was never scored for this trial"
                 continue
             stored = folder_of_evidence.load(digest)
-            measured = Evaluator(model, tokenizer, asked, self.config.tasks).evaluate()
+            measured = Evaluator(scorer, tokenizer, asked, self.config.tasks).evaluate()
             largest, allowed = _compare(folder, split, measured, stored, dtype)
             yield (
                 f"{split}  {', '.join(self._metrics(measured, stored))}; {len(asked)} questions, "
@@ -198,32 +207,3 @@ def _compare(
             "This checkpoint is not what was scored, or was scored on other hardware: export it again there."
         )
     return float(difference.max(initial=0.0)), absolute
-
-
-def _load(folder: Path, dtype: str, device: str) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    config = load_config(folder)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention(config),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(
-            f"{folder}: does not load ({shown(str(error).strip().splitlines()[0])})."
-        ) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for key in sorted(report.get(kind, ()), key=str):
-            raise ExportError(f"{folder}: {shown(str(key))}: {kind.replace('_', ' ')} on loading.")
-    loaded: PreTrainedModel = model.eval().to(device)
-    return loaded

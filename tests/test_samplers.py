@@ -132,6 +132,22 @@ def test_the_uniform_line_breeds(engine: str, name: str) -> None:
         assert any(len(set(r.coefficients.values())) < 3 for r in history[26:40])
 
 
+@pytest.mark.parametrize("name", ["nsga2", "nsga3"])
+def test_hundreds_of_generations_are_taken_up(name: str) -> None:
+    """Optuna selects the parents of a generation from those of the one before, and so on to the first."""
+    config = SamplerConfig(name=name, population=4)
+    one = make_engine(config, GROUPS, BOUNDS, (True, False))
+    (key,) = one.baseline_tags(0)
+    rng = np.random.default_rng(0)
+    history = []
+    for number in range(4 * 1100):
+        x = rng.uniform(*BOUNDS, len(GROUPS)).tolist()
+        tags = {key: number // 4}
+        coefficients = dict(zip(GROUPS, x, strict=True))
+        history.append(TrialRecord(number, "search", "complete", coefficients, objective(x), {}, tags, None))
+    assert one.propose(history, len(history)).tags == {key: 1100}
+
+
 def test_one_and_three_objectives() -> None:
     for engine, name in ALL:
         for maximize in ((True,), (True, False, False)):

@@ -61,6 +61,55 @@ def test_optuna_reads_the_same_study(url: str) -> None:
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL"]
 
 
+def test_records_are_what_optuna_reads(url: str) -> None:
+    """Trials are read from Optuna's tables directly: whatever Optuna finds in them, we must find."""
+    optuna.create_study(study_name="another", storage=url).optimize(lambda t: t.suggest_float("a", 0, 1), 2)
+    store = new_store(url)
+    watching = StudyStore.open(url, "s")
+    optuna.load_study(study_name="s", storage=url).enqueue_trial({"a": 0.9})
+    for values in ([0.5, 0.1], [-float("inf"), float("inf")], [1 / 3, 1e-300]):
+        number = claim(store, b=0.1, a=2 / 3)
+        watching.trials()
+        store.complete(number, values, {"evidence": "e", "nested": {"ä": [1, None]}})
+    store.fail(claim(store, a=0.3), "no reason")
+    store.give_back(claim(store, z=0.1, a=1.0))
+    claim(store, **{f"group.{index}": index / 1000 for index in range(1000)})
+    states = {"COMPLETE": "complete", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
+    theirs = [t for t in optuna.load_study(study_name="s", storage=url).trials if "kind" in t.user_attrs]
+    ours = StudyStore.open(url, "s").trials()
+    assert ours == watching.trials() == store.trials()
+    assert [r.number for r in ours] == [t.number for t in theirs] == [1, 2, 3, 4, 5, 6]
+    assert [list(r.coefficients.items()) for r in ours] == [list(t.params.items()) for t in theirs]
+    assert [r.values and list(r.values) for r in ours] == [t.values for t in theirs]
+    assert [r.attributes for r in ours] == [t.user_attrs for t in theirs]
+    assert [r.tags for r in ours] == [t.system_attrs for t in theirs]
+    assert [r.state for r in ours] == [states[t.state.name] for t in theirs]
+    assert [r.seconds for r in ours] == [t.duration and t.duration.total_seconds() for t in theirs]
+
+
+def test_more_trials_than_a_statement_takes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.trials.BATCH", 3)
+    store = new_store(url)
+    for index in range(8):
+        store.complete(claim(store, a=index / 10), [0.5, index / 10])
+    (found,) = {tuple(r.values or ()) for r in StudyStore.open(url, "s").trials() if r.number == 7}
+    assert found == (0.5, 0.7)
+    assert [r.number for r in StudyStore.open(url, "s").trials()] == list(range(8))
+
+
+def test_the_first_trial_of_a_recipe_is_found_in_whatever_order_results_come(url: str) -> None:
+    store = new_store(url)
+    assert store.scored("r") is None
+    first, second, failed = claim(store), claim(store), claim(store)
+    store.fail(failed, "no reason")
+    assert store.scored("r") is None
+    for number in (second, first):
+        store.complete(number, [0.5, 0.5])
+        found = store.scored("r")
+        assert found is not None
+        assert found.number == number
+
+
 def test_a_study_of_somebody_else_is_refused(url: str) -> None:
     study = optuna.create_study(study_name="theirs", storage=url, directions=["maximize", "minimize"])
     study.optimize(lambda trial: (trial.suggest_float("x", 0, 1), 0.0), n_trials=1)
@@ -248,11 +297,11 @@ def test_a_full_database_is_named_and_can_go_on_later(url: str, tmp_path: Path) 
     store = new_store(url)
     kept = claim(store)
     store.complete(kept, [0.5, 0.5])
-    pages = store._storage._backend.engine.connect().exec_driver_sql("pragma page_count").scalar()  # type: ignore[attr-defined]
+    pages = store._storage.engine.connect().exec_driver_sql("pragma page_count").scalar()
     limit = lambda c, _: c.execute(f"pragma max_page_count = {pages}")  # noqa: E731
     import sqlalchemy
 
-    engine = store._storage._backend.engine  # type: ignore[attr-defined]
+    engine = store._storage.engine
     engine.dispose()
     sqlalchemy.event.listen(engine, "connect", limit)
 

@@ -9,10 +9,11 @@ import torch
 
 from search.errors import CheckpointError, MergeError
 from search.merging.checkpoint import dtype_name
-from search.merging.layout import attention
 from search.merging.linear import weighted_sum
+from search.merging.loading import load_model
 from search.merging.methods import tensor_weights
 from search.merging.parents import Parents
+from search.merging.placement import place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ class LiveModel:
         Args:
             parents: opened and compared.
             dtype: of the merged weights: float32, bfloat16 or float16 (as torch.dtype or by name).
-            device: where the model lives, such as `cpu` or `cuda:0`; the parents stay on disk, mapped.
+            device: where the model lives: `cpu`, `cuda:0`, `spread` over all GPUs; the parents stay on disk, mapped.
 
         Raises:
             CheckpointError: the model does not load cleanly, or its tensors are not those of the parents.
@@ -69,31 +70,7 @@ class LiveModel:
 
 
 def _load(parents: Parents, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(parents.post.folder),
-            config=parents.config,
-            dtype=dtype,
-            attn_implementation=attention(parents.config),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{parents.post.folder}: the model does not load ({reason}).") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    for kind in ("missing_keys", "mismatched_keys"):
-        for key in sorted(report.get(kind, ()), key=str):
-            raise CheckpointError(f"{parents.post.folder}: {key}: {kind.replace('_', ' ')} on loading.")
+    model = load_model(parents.post.folder, parents.config, dtype, error=CheckpointError)
     with torch.no_grad():
         for parameter in model.parameters():
             # transformers hands out views of the mapped file; writing to those would copy page by page.
@@ -102,8 +79,7 @@ def _load(parents: Parents, dtype: torch.dtype, device: str) -> PreTrainedModel:
         for buffer in model.buffers():
             buffer.data = buffer.data.clone()
     _check_ties(model, parents)
-    loaded: PreTrainedModel = model.eval().to(device)
-    return loaded
+    return place(model, device)
 
 
 def _check_ties(model: PreTrainedModel, parents: Parents) -> None:

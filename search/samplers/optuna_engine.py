@@ -7,8 +7,11 @@ study in memory. The mirror also saves one database transaction a coefficient: t
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from optuna.samplers import (
     TPESampler,
 )
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SamplerConfig
 from search.errors import ConfigError
@@ -38,6 +41,8 @@ STARTUP = 20  # the eleven baselines count among them; the rest is random
 GRID_POINTS = 11
 MAX_GRID = 100_000
 
+_ANY_TIME = datetime(2000, 1, 1)  # Optuna wants one; no sampler looks at it
+
 _STATES: dict[State, TrialState] = {
     "complete": TrialState.COMPLETE,
     "failed": TrialState.FAIL,
@@ -46,31 +51,69 @@ _STATES: dict[State, TrialState] = {
 }
 
 
-class _Parents:
-    """Overrides how Optuna's genetic samplers remember the parents of a generation.
+class _KnownSpace:
+    """Tells a sampler its search space.
 
-    Optuna's own memory returns them in the order of selection the first time and by trial number from then on, and
-    NSGA-III draws lots in the selection: a study resumed within a generation would breed other children. Here order
-    and lots depend on the generation alone.
+    Optuna finds it anew for every sampler, by comparing every distribution of every finished trial.
     """
 
+    space: dict[str, BaseDistribution]
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self.space
+
+
+class _TPE(_KnownSpace, TPESampler):
+    pass
+
+
+class _GP(_KnownSpace, GPSampler):
+    pass
+
+
+class _Generations(_KnownSpace):
+    """Overrides how Optuna's genetic samplers find the members and remember the parents of a generation.
+
+    Optuna's own memory returns parents in the order of selection the first time and by trial number from then on, and
+    NSGA-III draws lots in the selection: a study resumed within a generation would breed other children. Here order
+    and lots depend on the generation alone. And Optuna searches all trials for the members of a generation.
+    """
+
+    members: Mapping[int, list[int]]  # generation -> numbers of its complete trials
     parents: dict[int, list[FrozenTrial]]
     selector: Callable[[int], BaseSampler]  # generation -> the sampler that selects its parents
 
+    def get_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        trials = study.get_trials(deepcopy=False)
+        return [trials[number] for number in sorted(self.members.get(generation, ()))]
+
     def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
-        if generation == 0:
-            return []
-        if generation not in self.parents:
-            self.parents[generation] = self.selector(generation).select_parent(study, generation)  # type: ignore[attr-defined]
-        return self.parents[generation]
+        # From the first one on: each selection needs the one before, too deep for a recursion.
+        for earlier in range(1, generation + 1):
+            if earlier not in self.parents:
+                self.parents[earlier] = self.selector(earlier).select_parent(study, earlier)  # type: ignore[attr-defined]
+        return self.parents[generation] if generation else []
 
 
-class _NSGAII(_Parents, NSGAIISampler):
+class _NSGAII(_Generations, NSGAIISampler):
     pass
 
 
-class _NSGAIII(_Parents, NSGAIIISampler):
+class _NSGAIII(_Generations, NSGAIIISampler):
     pass
+
+
+# Optuna's genetic samplers know a trial only by its generation, which they keep below their class's name.
+_GENERATION_KEYS = {"nsga2": _NSGAII._get_generation_key(), "nsga3": _NSGAIII._get_generation_key()}
+
+
+class _Mirrored(FrozenTrial):
+    """A trial in the mirror. Optuna copies trials deeply, with all distributions; what they hold is never changed."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTrial:
+        return copy.copy(self)
 
 
 class OptunaEngine:
@@ -86,13 +129,10 @@ class OptunaEngine:
         self._config = config
         self._groups = groups
         self._bounds = bounds
+        self._generation_key = _GENERATION_KEYS.get(config.name, "")
         self._space: dict[str, BaseDistribution] = {name: FloatDistribution(*bounds) for name in groups}
         self._directions = [StudyDirection.MAXIMIZE if m else StudyDirection.MINIMIZE for m in maximize]
-        self._mirror = optuna.create_study(directions=self._directions)
-        self._mirrored: dict[
-            int, tuple[int, State]
-        ] = {}  # trial -> its number in the mirror, and its state there
-        self._parents: dict[int, list[FrozenTrial]] = {}
+        self._start()
         if config.name == "grid":
             size = (config.points or GRID_POINTS) ** len(groups)
             if size > MAX_GRID:
@@ -102,19 +142,18 @@ class OptunaEngine:
                 )
 
     def baseline_tags(self, index: int) -> Mapping[str, Any]:
-        """Optuna's genetic samplers know a trial only by its generation: baselines are members of the first."""
-        if self._config.name == "nsga2":
-            return {_NSGAII._get_generation_key(): 0}
-        if self._config.name == "nsga3":
-            return {_NSGAIII._get_generation_key(): 0}
-        return {}
+        """Baselines are members of the first generation."""
+        return {self._generation_key: 0} if self._generation_key else {}
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`."""
         if self._config.name == "qmc":
             return self._sobol(history)
         self._bring_up_to_date(history)
-        self._mirror.sampler = self._sampler(seed_of(self._config.seed, draw))
+        self._mirror.sampler = sampler = self._sampler(seed_of(self._config.seed, draw))
+        if isinstance(sampler, _KnownSpace):  # to Optuna a study without a complete trial has no space yet
+            scored = any(record.state == "complete" for record in history)
+            sampler.space = dict(sorted(self._space.items())) if scored else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trial = self._mirror.ask(self._space)
@@ -123,11 +162,17 @@ class OptunaEngine:
         self._mirrored[draw] = (trial.number, "running")
         return Proposal(dict(frozen.params), dict(frozen.system_attrs))
 
+    def _start(self) -> None:
+        self._mirror = optuna.create_study(directions=self._directions)
+        # Trial -> its number in the mirror, and its state there.
+        self._mirrored: dict[int, tuple[int, State]] = {}
+        self._members: dict[int, list[int]] = defaultdict(list)
+        self._parents: dict[int, list[FrozenTrial]] = {}
+
     def _bring_up_to_date(self, history: Sequence[TrialRecord]) -> None:
         numbers = {record.number for record in history}
         if self._mirrored.keys() - numbers:  # asked before for a draw that never became a trial: start over
-            self._mirror = optuna.create_study(directions=self._directions)
-            self._mirrored, self._parents = {}, {}
+            self._start()
         for record in history:
             known = self._mirrored.get(record.number)
             state = "running" if record.state == "waiting" else record.state
@@ -144,14 +189,25 @@ class OptunaEngine:
                 failed = record.state == "failed"
                 self._mirror.tell(number, record.values, state=TrialState.FAIL if failed else None)
             self._mirrored[record.number] = (number, state)
+            generation = record.tags.get(self._generation_key)
+            if state == "complete" and generation is not None:
+                self._members[generation].append(number)
 
     def _frozen(self, record: TrialRecord) -> FrozenTrial:
-        return create_trial(
+        finished = record.state in ("complete", "failed")
+        return _Mirrored(
+            number=-1,  # the mirror numbers and identifies its trials itself
+            trial_id=-1,
             state=_STATES[record.state],
+            value=None,
             values=record.values,
+            datetime_start=_ANY_TIME,
+            datetime_complete=_ANY_TIME if finished else None,
             params=dict(record.coefficients),
             distributions=self._space,
+            user_attrs={},
             system_attrs=dict(record.tags),
+            intermediate_values={},
         )
 
     def _sampler(self, seed: int) -> BaseSampler:
@@ -161,16 +217,14 @@ class OptunaEngine:
             warnings.simplefilter("ignore")
             match self._config.name:
                 case "tpe":
-                    return TPESampler(
-                        n_startup_trials=startup, multivariate=True, constant_liar=True, seed=seed
-                    )
+                    return _TPE(n_startup_trials=startup, multivariate=True, constant_liar=True, seed=seed)
                 case "nsga2":
                     return self._genetic(_NSGAII(population_size=population, seed=seed))
                 case "nsga3":
                     return self._genetic(_NSGAIII(population_size=population, seed=seed))
                 case "gp":
                     # A fixed set of questions is scored: the same recipe always gives the same numbers.
-                    return GPSampler(n_startup_trials=startup, deterministic_objective=True, seed=seed)
+                    return _GP(n_startup_trials=startup, deterministic_objective=True, seed=seed)
                 case "grid":
                     axis = [
                         float(value)
@@ -181,7 +235,7 @@ class OptunaEngine:
                     return RandomSampler(seed=seed)
 
     def _genetic(self, sampler: _NSGAII | _NSGAIII) -> BaseSampler:
-        sampler.parents = self._parents
+        sampler.members, sampler.parents = self._members, self._parents
         sampler.selector = lambda generation: self._sampler(seed_of(self._config.seed, generation, purpose=1))
         return sampler
 

@@ -7,6 +7,7 @@ stored values. The initial population holds the parents and the uniform line.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import comb
 from typing import Any
@@ -47,21 +48,20 @@ class PymooEngine:
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`."""
-        tagged = [record for record in history if _GENERATION in record.tags]
-        scored = {r.tags[_MEMBER]: r for r in tagged if r.kind != "search" and r.state != "failed"}
-        baselines = [scored[member] for member in sorted(scored)]
-        newest = max((int(record.tags[_GENERATION]) for record in tagged), default=0)
+        generations: dict[int, list[TrialRecord]] = defaultdict(list)
+        for record in history:
+            if _GENERATION in record.tags:
+                generations[int(record.tags[_GENERATION])].append(record)
+        newest = max(generations, default=0)
         if self._generation > newest + 1 or self._generation < 0:
             self._start()
-        if self._generation < 0:
-            self._begin(baselines)
+            self._begin(generations[0])
         while True:
-            members = {int(r.tags[_MEMBER]): r for r in tagged if r.tags[_GENERATION] == self._generation}
+            members = {int(r.tags[_MEMBER]): r for r in generations[self._generation]}
             free = [i for i in range(len(self._asked)) if i not in members]
-            later = [r for r in tagged if r.tags[_GENERATION] > self._generation]
-            if free and not later:
+            if free and newest <= self._generation:
                 return self._proposal(free[0])
-            told = self._told(members, later)
+            told = self._told(members, generations[self._generation + 1])
             if not told:  # more workers than members: until one comes back there is nothing to breed from
                 x = np.random.default_rng(seed_of(self._config.seed, draw)).uniform(
                     *self._bounds, len(self._groups)
@@ -78,10 +78,12 @@ class PymooEngine:
         self._individuals: Any = None
         self._told_before: list[int] = []
 
-    def _begin(self, baselines: Sequence[TrialRecord]) -> None:
+    def _begin(self, first: Sequence[TrialRecord]) -> None:
         from pymoo.core.problem import Problem
         from pymoo.core.termination import NoTermination
 
+        scored = {r.tags[_MEMBER]: r for r in first if r.kind != "search" and r.state != "failed"}
+        baselines = [scored[member] for member in sorted(scored)]
         low, high = self._bounds
         known = np.array([[r.coefficients[g] for g in self._groups] for r in baselines])
         known = known.reshape(len(baselines), len(self._groups))
@@ -104,12 +106,11 @@ class PymooEngine:
         tags = {_GENERATION: self._generation, _MEMBER: member, _TOLD: self._told_before}
         return Proposal({g: float(v) for g, v in zip(self._groups, x, strict=True)}, tags)
 
-    def _told(self, members: Mapping[int, TrialRecord], later: Sequence[TrialRecord]) -> list[int]:
+    def _told(self, members: Mapping[int, TrialRecord], following: Sequence[TrialRecord]) -> list[int]:
         """Which trials of this generation the algorithm was told: as the next generation recorded it, else now.
 
         With several workers some are still running when the next generation begins; a replay must leave out the same.
         """
-        following = [r for r in later if r.tags[_GENERATION] == self._generation + 1]
         if following:
             return [int(number) for number in min(following, key=lambda r: r.number).tags[_TOLD]]
         return sorted(record.number for record in members.values() if record.state == "complete")

@@ -1,0 +1,62 @@
+"""Loading a checkpoint folder into transformers, strictly: no remote code, no network, no pickle, no missing weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from search.errors import MergefrontError
+from search.merging.header import shown
+from search.merging.layout import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REFUSED = ("missing_keys", "mismatched_keys")
+
+
+def load_model(
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    error: type[MergefrontError],
+    refused: Sequence[str] = REFUSED,
+) -> PreTrainedModel:
+    """The model of a folder on the CPU, in eval mode; its values may be views of the mapped file.
+
+    Args:
+        config: transformers' config, as `load_config` reads it.
+        error: what is raised when the model does not load cleanly.
+        refused: which of transformers' lists of keys must be empty.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention(config),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as problem:
+        reason = shown(str(problem).strip().splitlines()[0])
+        raise error(f"{folder}: the model does not load ({reason}).") from problem
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    for kind in refused:
+        for key in sorted(report.get(kind, ()), key=str):
+            raise error(f"{folder}: {shown(str(key))}: {kind.replace('_', ' ')} on loading.")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
