@@ -1,0 +1,1 @@
+"""Post-hoc calibrators: one temperature fitted on a calibration set, which changes confidences and no answer."""
