@@ -47,6 +47,22 @@ class Evaluation:
     digest: str
     seconds: float = 0.0
 
+    @classmethod
+    def of_probabilities(cls, outcomes: Outcomes, scored_tokens: int, digest: str) -> Evaluation:
+        """An evaluation whose scores are the logarithms of given probabilities, such as means over several prompts.
+
+        Its outcomes are the given ones to float32's precision; `mass` is 1, since nothing else is known.
+        """
+        with np.errstate(divide="ignore"):
+            score = np.log(outcomes.probability).astype(np.float32)
+        padding = np.arange(score.shape[1]) >= outcomes.options[:, None]
+        score = np.where(padding, -np.inf, np.maximum(score, np.log(np.finfo(np.float32).tiny))).astype(
+            np.float32
+        )
+        divisor, mass = np.ones_like(score), np.ones(len(outcomes), dtype=np.float32)
+        same = _outcomes(score, divisor, outcomes.options, outcomes.gold, outcomes.task)
+        return cls(same, score, divisor, mass, scored_tokens, digest)
+
     def save(self, path: str | os.PathLike[str]) -> str:
         """Writes a safetensors file: staged beside, synced, renamed. Equal evaluations give equal bytes.
 

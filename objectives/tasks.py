@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from objectives.presets import LETTERS, PRESETS, Item, Preset, field, plain, text, texts
 from objectives.sources import Rows, Source, read_sources
@@ -76,6 +76,10 @@ class QuestionSet:
     report: tuple[Question, ...]
     digest: str
     notes: tuple[str, ...] = ()
+
+    def of(self, split: Literal["search", "report"]) -> tuple[Question, ...]:
+        """The questions of one split."""
+        return self.search if split == "search" else self.report
 
 
 @dataclass(frozen=True)

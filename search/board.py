@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from objectives.bootstrap import interval, resample_weights
 from objectives.metrics import Metric, get_metric
 from objectives.outcomes import Outcomes
+from search.alternatives import Alternative, Scores, base_label, read_alternatives
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.front import hypervolume, hypervolume_batch, worst_corner
@@ -46,8 +48,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One trial. `report` is empty if the trial was not scored there; `against` holds paired differences on the
-    report split: this trial minus that parent."""
+    """One trial, or an alternative: a trial with a calibrator, `kind` alternative.
+
+    Attributes:
+        search, report: metrics by name; `report` is empty if the trial was not scored there.
+        against: paired differences on the report split: this row minus that parent, or that alternative to `post`.
+        temperature: of an alternative, fitted on the search split; None for a trial (and for CAPE).
+    """
 
     trial: int
     kind: str
@@ -58,6 +65,7 @@ class Row:
     search: Mapping[str, Cell]
     report: Mapping[str, Cell]
     against: Mapping[str, Mapping[str, Cell]] = field(default_factory=dict)
+    temperature: float | None = None
 
     def on(self, split: Split) -> Mapping[str, Cell]:
         return self.search if split == "search" else self.report
@@ -77,6 +85,8 @@ class Row:
                 parent: {name: cell.to_json() for name, cell in cells.items()}
                 for parent, cells in self.against.items()
             }
+        if self.temperature is not None:
+            shown["temperature"] = self.temperature
         return shown
 
 
@@ -97,7 +107,12 @@ class Volume:
 
 @dataclass(frozen=True)
 class Board:
-    """All complete trials by number; `reference` is the corner of the parents' worst values on the search split."""
+    """All complete trials by number, and what calibrators make of some of them.
+
+    Attributes:
+        reference: the corner of the parents' worst values on the search split.
+        alternatives: rows that are no trials; never on the front, whose weights they share.
+    """
 
     study: str
     objectives: tuple[tuple[str, bool], ...]
@@ -105,6 +120,7 @@ class Board:
     hypervolume: Mapping[Split, Volume]
     rows: tuple[Row, ...]
     questions: Mapping[str, int]
+    alternatives: tuple[Row, ...] = ()
 
     @property
     def front(self) -> tuple[Row, ...]:
@@ -148,11 +164,11 @@ class Board:
             "reference": dict(self.reference),
             "hypervolume": {split: volume.to_json() for split, volume in self.hypervolume.items()},
             "questions": dict(self.questions),
-            "trials": [row.to_json() for row in self.rows],
+            "trials": [row.to_json() for row in (*self.rows, *self.alternatives)],
         }
 
     def to_csv(self) -> str:
-        """One line a trial: scores with intervals on both splits, then coefficients."""
+        """One line a trial or alternative: scores with intervals on both splits, temperature, coefficients."""
         metrics = {
             split: list(dict.fromkeys(n for row in self.rows for n in row.on(split))) for split in SPLITS
         }
@@ -160,14 +176,15 @@ class Board:
         header = ["trial", "kind", "label", "front"]
         for split in SPLITS:
             header += [f"{split}.{name}{part}" for name in metrics[split] for part in ("", ".low", ".high")]
-        lines: list[list[Any]] = [[*header, *groups]]
-        for row in self.rows:
+        lines: list[list[Any]] = [[*header, "temperature", *groups]]
+        for row in (*self.rows, *self.alternatives):
             line: list[Any] = [row.trial, row.kind, row.label, int(row.front)]
             for split in SPLITS:
                 for name in metrics[split]:
                     cell = row.on(split).get(name)
                     line += ["", "", ""] if cell is None else [cell.value, cell.low, cell.high]
-            lines.append([*line, *(row.coefficients[group] for group in groups)])
+            temperature = "" if row.temperature is None else row.temperature
+            lines.append([*line, temperature, *(row.coefficients[group] for group in groups)])
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
@@ -192,55 +209,65 @@ def read_board(store: StudyStore) -> Board:
             f"study '{store.name}' has not scored its parents yet. Resume it: mergefront resume {store.name}"
         )
     on_front = front_of(done, [maximize for _, maximize in objectives])
-    computer = _Computer(EvidenceFolder(store.url, store.name), tasks)
+    evidence = EvidenceFolder(store.url, store.name)
+    computer = _Computer()
     beside = [*metrics, *(get_metric(name) for name in BESIDE if name not in dict(objectives))]
 
+    scores = Scores(evidence, done, attributes)
     rows: list[Row] = []
-    samples: dict[Split, dict[int, Samples]] = {"search": {}, "report": {}}
+    samples: dict[Split, dict[str, Samples]] = {"search": {}, "report": {}}
     for record in done:
         cells: dict[Split, dict[str, Cell]] = {"search": {}, "report": {}}
         for split in SPLITS:
-            digest = (
-                record.attributes["evidence"]
-                if split == "search"
-                else attributes.get(f"report:{record.number}")
-            )
+            digest = scores.digest(record.number, split)
             if digest is None:
                 continue
             shown = metrics if split == "search" else beside
-            cells[split], samples[split][record.number] = computer.cells(split, str(digest), shown)
+            found = computer.cells(split, digest, partial(scores.outcomes, record.number, split), shown)
+            cells[split], samples[split][base_label(record)] = found
         rows.append(_row(record, record.number in on_front, cells))
+    alternatives = []
+    for one in read_alternatives(scores, done, attributes):
+        cells = {"search": {}, "report": {}}
+        for split in SPLITS:
+            if scores.has(one, split):
+                found = computer.cells(split, one.label, partial(scores.tempered, one, split), beside)
+                cells[split], samples[split][one.label] = found
+        alternatives.append(_alternative(one, next(r for r in rows if r.trial == one.trial), cells))
     reference = _reference(objectives, parents)
-    against = {
-        parent: record.number for parent, record in parents.items() if record.number in samples["report"]
-    }
+    # What a merge has to beat: both parents, and what a temperature alone makes of `post`.
+    rivals = [row for row in rows if row.kind in ("pre", "post")]
+    rivals += [row for row in alternatives if row.trial == parents["post"].number]
     return Board(
         study=store.name,
         objectives=objectives,
         reference=reference,
         hypervolume={split: _volume(rows, samples[split], split, objectives, reference) for split in SPLITS},
-        rows=tuple(_with_differences(row, samples["report"], against, rows) for row in rows),
+        rows=tuple(_with_differences(row, samples["report"], rivals) for row in rows),
         questions=attributes["facts"]["questions"],
+        alternatives=tuple(alternatives),
     )
 
 
 class _Computer:
-    """Metrics of evidence files with their bootstrap samples, each file and metric once."""
+    """Metrics of outcomes with their bootstrap samples, each once."""
 
-    def __init__(self, evidence: EvidenceFolder, tasks: Sequence[str]) -> None:
-        self._evidence = evidence
+    def __init__(self) -> None:
         self._weights: dict[Split, NDArray[np.float64]] = {}
-        self._known: dict[tuple[str, str], tuple[Cell, NDArray[np.float64]]] = {}
+        self._known: dict[tuple[Split, str, str], tuple[Cell, NDArray[np.float64]]] = {}
 
-    def cells(self, split: Split, digest: str, metrics: Sequence[Metric]) -> tuple[dict[str, Cell], Samples]:
-        missing = [metric for metric in metrics if (digest, metric.name) not in self._known]
+    def cells(
+        self, split: Split, key: str, read: Callable[[], Outcomes], metrics: Sequence[Metric]
+    ) -> tuple[dict[str, Cell], Samples]:
+        """Cells and samples by metric; `key` names the outcomes that `read` reads."""
+        missing = [metric for metric in metrics if (split, key, metric.name) not in self._known]
         if missing:
-            outcomes = self._evidence.load(digest).outcomes
+            outcomes = read()
             weights = self._resamples(split, outcomes)
             for metric in missing:
                 value, drawn = metric.value(outcomes), metric(outcomes, weights)
-                self._known[digest, metric.name] = (_cell(value, metric.interval(value, drawn)), drawn)
-        found = {metric.name: self._known[digest, metric.name] for metric in metrics}
+                self._known[split, key, metric.name] = (_cell(value, metric.interval(value, drawn)), drawn)
+        found = {metric.name: self._known[split, key, metric.name] for metric in metrics}
         return {name: cell for name, (cell, _) in found.items()}, {
             name: drawn for name, (_, drawn) in found.items()
         }
@@ -257,19 +284,29 @@ def _cell(value: float, interval: tuple[float, float]) -> Cell:
 
 
 def _row(record: TrialRecord, on_front: bool, cells: Mapping[Split, Mapping[str, Cell]]) -> Row:
-    coefficient = next(iter(record.coefficients.values()))
-    label = {"uniform": f"uniform {coefficient:g}", "search": f"trial {record.number}"}.get(
-        record.kind, record.kind
-    )
     return Row(
         trial=record.number,
         kind=record.kind,
-        label=label,
+        label=base_label(record),
         front=on_front,
         method=str(record.attributes["method"]),
         coefficients=record.coefficients,
         search=cells["search"],
         report=cells["report"],
+    )
+
+
+def _alternative(one: Alternative, base: Row, cells: Mapping[Split, Mapping[str, Cell]]) -> Row:
+    return Row(
+        trial=base.trial,
+        kind="alternative",
+        label=one.label,
+        front=False,
+        method=base.method,
+        coefficients=base.coefficients,
+        search=cells["search"],
+        report=cells["report"],
+        temperature=None if one.fitted is None else one.fitted.temperature,
     )
 
 
@@ -284,7 +321,7 @@ def _reference(
 
 def _volume(
     rows: Sequence[Row],
-    samples: Mapping[int, Samples],
+    samples: Mapping[str, Samples],
     split: Split,
     objectives: Sequence[tuple[str, bool]],
     reference: Mapping[str, float],
@@ -297,11 +334,11 @@ def _volume(
     drawn: list[NDArray[np.float64]] = []
     for wanted in (lambda row: row.front, lambda row: row.kind in ("pre", "post", "uniform")):
         chosen = [row for row in rows if wanted(row)]
-        if not all(row.trial in samples for row in chosen):
+        if not all(row.label in samples for row in chosen):
             chosen = []  # half a split would be another comparison
         values = [[row.on(split)[name].value for name in names] for row in chosen]
         point.append(hypervolume(values, corner, maximise=maximise) if chosen else 0.0)
-        stack = [np.stack([samples[row.trial][name] for name in names], axis=-1) for row in chosen]
+        stack = [np.stack([samples[row.label][name] for name in names], axis=-1) for row in chosen]
         drawn.append(
             hypervolume_batch(np.stack(stack, axis=1), corner, maximise=maximise)
             if stack
@@ -311,17 +348,18 @@ def _volume(
     return Volume(point[0], point[1], _cell(gain, interval(drawn[0] - drawn[1], value=gain)))
 
 
-def _with_differences(
-    row: Row, samples: Mapping[int, Samples], against: Mapping[str, int], rows: Sequence[Row]
-) -> Row:
-    """The row with its paired differences to both parents, if it is on the front or the uniform line."""
-    if row.trial not in samples or not (row.front or row.kind == "uniform") or row.trial in against.values():
+def _with_differences(row: Row, samples: Mapping[str, Samples], rivals: Sequence[Row]) -> Row:
+    """The row with its paired differences to the rivals, if it is on the front or the uniform line."""
+    own = row.label in (rival.label for rival in rivals)
+    if own or row.label not in samples or not (row.front or row.kind == "uniform"):
         return row
     found: dict[str, dict[str, Cell]] = {}
-    by_number = {other.trial: other for other in rows}
-    for parent, number in against.items():
-        found[parent] = {}
-        for name, drawn in samples[row.trial].items():
-            value = row.report[name].value - by_number[number].report[name].value
-            found[parent][name] = _cell(value, interval(drawn - samples[number][name], value=value))
-    return Row(**{**row.__dict__, "against": found})
+    for rival in rivals:
+        if rival.label not in samples:
+            continue
+        found[rival.label] = {}
+        for name, drawn in samples[row.label].items():
+            value = row.report[name].value - rival.report[name].value
+            differences = drawn - samples[rival.label][name]
+            found[rival.label][name] = _cell(value, interval(differences, value=value))
+    return replace(row, against=found)

@@ -38,7 +38,7 @@ def read(board: Board, failed: int = 0, split: Split | None = None) -> list[Rema
         )
         remarks.insert(0, Remark(text, "bad"))
     elif split == "report":
-        remarks += [_parents(board), *_shrinkage(board)]
+        remarks += [_parents(board), *_temperature(board), *_shrinkage(board)]
     remarks += [*_neighbours(board, split), *_beside(board)]
     if failed:
         remarks.append(
@@ -105,6 +105,31 @@ def _parents(board: Board) -> Remark:
         "No search trial of the front is better than both parents in every objective beyond the paired "
         "95 % intervals: what it shows against them is a trade."
     )
+
+
+def _temperature(board: Board) -> list[Remark]:
+    """Whether merging buys more than a temperature, which costs nothing and changes no answer."""
+    rivals = [row for row in board.alternatives if row.label.startswith("post + ") and row.report]
+    searched = [row for row in board.front if row.kind == "search" and row.report]
+    if not rivals or not searched:
+        return []
+    names = [name for name, _ in board.objectives]
+    said = []
+    for rival in rivals:
+        scores = ", ".join(f"{name} {rival.report[name].value:.3f}" for name in names)
+        wins = ", ".join(
+            f"{sum(beats(row, board, rival.label, name) for row in searched)} in {name}" for name in names
+        )
+        every = sum(all(beats(row, board, rival.label, name) for name in names) for row in searched)
+        said.append(
+            f"{rival.label} has {scores}; of {len(searched)} search trials on the front {wins}, {every} in all"
+        )
+    return [
+        Remark(
+            "A temperature alone costs nothing and changes no answer. How many merges beat it beyond the paired 95 % "
+            f"intervals: {'. '.join(said)}."
+        )
+    ]
 
 
 def _shrinkage(board: Board) -> list[Remark]:

@@ -25,14 +25,14 @@ def front_table(board: Board, split: str | None = None) -> str:
         )
     metrics = _metrics(board, shown)
     notes = _notes(board)
-    rows = [*board.front, *(row for row in board.uniform_line() if not row.front)]
+    rows = [*board.front, *(row for row in board.uniform_line() if not row.front), *board.alternatives]
     header = ["trial", "", *(f"{name} {ARROWS[up]}" if up is not None else name for name, up in metrics), ""]
     body = [
         [
             str(row.trial),
             _label(row),
             *(_cell(row.on(shown).get(name), interval=up is not None) for name, up in metrics),
-            notes.get(row.trial, ""),
+            _temperature(row) if row.kind == "alternative" else notes.get(row.trial, ""),
         ]
         for row in rows
     ]
@@ -55,6 +55,10 @@ def _metrics(board: Board, split: Split) -> list[tuple[str, bool | None]]:
 def _label(row: Row) -> str:
     label = "" if row.kind == "search" else row.label
     return f"{label} *".strip() if row.front else label
+
+
+def _temperature(row: Row) -> str:
+    return "" if row.temperature is None else f"temperature {row.temperature:.3g}"
 
 
 def _notes(board: Board) -> dict[int, str]:

@@ -98,7 +98,16 @@ def test_front_json_follows_the_contract(cli: Cli, finished_study: tuple[Path, s
     assert set(front["reference"]) == {"accuracy", "ece"}
     assert set(front["hypervolume"]) == {"search", "report"}
     assert all(math.isfinite(x) for x in numbers(front))
-    assert [t["kind"] for t in front["trials"]] == ["pre", "post", *["uniform"] * 9, *["search"] * 8]
+    assert [t["kind"] for t in front["trials"]] == [
+        "pre",
+        "post",
+        *["uniform"] * 9,
+        *["search"] * 8,
+        *["alternative"] * 2,
+    ]
+    calibrated = front["trials"][-2:]
+    assert [trial["label"] for trial in calibrated] == ["post + temperature", "post + daca"]
+    assert all(trial["temperature"] > 0 and not trial["front"] for trial in calibrated)
     for trial in front["trials"]:
         assert set(trial["recipe"]["coefficients"]) >= {"embeddings", "layer.0.attention", "final_norm"}
         for cell in trial["search"].values():
@@ -111,7 +120,7 @@ def test_front_json_follows_the_contract(cli: Cli, finished_study: tuple[Path, s
     )
     code, out, _ = cli("front", "pico", "--storage", url, "-f", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert [int(row["trial"]) for row in rows] == list(range(19))
+    assert [int(row["trial"]) for row in rows] == [*range(19), 1, 1]
     assert float(rows[1]["layer.1.mlp"]) == 1.0
     for split in ("search", "report"):
         code, out, _ = cli("front", "pico", "--storage", url, "--split", split)

@@ -337,7 +337,7 @@ def test_the_report_is_whole(study: StudyStore, written: dict[str, Path]) -> Non
     assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == sorted(written)
     board = read_board(study)
     assert json.loads(written["front.json"].read_text()) == board.to_json()
-    assert len(list(csv.reader(written["front.csv"].open()))) == len(board.rows) + 1
+    assert len(list(csv.reader(written["front.csv"].open()))) == len(board.rows) + len(board.alternatives) + 1
     for name in plots:
         if name.endswith("png"):
             with Image.open(written[name]) as image:

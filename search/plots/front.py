@@ -26,6 +26,7 @@ from search.plots.style import (
     INK,
     KNEE,
     PARENTS,
+    POST,
     QUIET,
     SHADE,
     axis_label,
@@ -60,7 +61,8 @@ def front_figure(board: Board, splits: Sequence[Split], setting: str = "") -> Fi
     rows, width = len(drawings), COLUMN * len(splits)
     text = _caption(board, splits, setting)
     columns = 6 if len(splits) > 1 else 3
-    below = caption_height(text, width) + (0.2 if columns == 6 or not pairs else 0.34)
+    handles = _legend(len(board.objectives), calibrated=bool(board.alternatives))
+    below = caption_height(text, width) + 0.06 + 0.14 * -(-len(handles) // columns)
     height = _PANEL_HEIGHT * rows + below + 0.08
     figure = canvas(width, height, below)
     panels = figure.subplots(rows, len(splits), squeeze=False)
@@ -76,7 +78,7 @@ def front_figure(board: Board, splits: Sequence[Split], setting: str = "") -> Fi
         questions = f"{board.questions.get(split, 0):,}{' unseen' if split == 'report' else ''} questions"
         panels[0, column].set_title(f"{split.capitalize()} split: {questions}")
     figure.legend(
-        handles=_legend(len(board.objectives)),
+        handles=handles,
         loc="lower center",
         bbox_to_anchor=(0.5, (caption_height(text, width) - 0.02) / height),
         ncols=columns,
@@ -140,6 +142,8 @@ class _Panel:
         self.axes.plot(*dominated.T, "o", color=FAINT, ms=2.6, mew=0, zorder=2, rasterized=many)
         self._stairs(front)
         self._uniform_line(line)
+        tempered = [row for row in self.board.alternatives if row.on(self.split)]
+        self.axes.plot(*self._points(tempered).T, "^", color="white", ms=4.4, mec=POST, mew=0.9, zorder=7)
         for row in front:
             if row.kind not in PARENTS:
                 self._bars(row, FRONT, alpha=0.4)
@@ -224,6 +228,7 @@ def _limits(board: Board, name: str) -> tuple[float, float]:
     cells = [(row, row.on(split)[name]) for row in board.rows for split in SPLITS if row.on(split)]
     core = [board.reference[name]]
     core += [x for row, cell in cells if row.front or row.kind != "search" for x in (cell.low, cell.high)]
+    core += [row.on(split)[name].value for row in board.alternatives for split in SPLITS if row.on(split)]
     low, high = min(core), max(core)
     span = high - low
     if span <= 0:
@@ -266,7 +271,7 @@ def _outside(board: Board, splits: Sequence[Split]) -> int:
     )
 
 
-def _legend(objectives: int) -> list[Line2D | Patch]:
+def _legend(objectives: int, calibrated: bool) -> list[Line2D | Patch]:
     one = objectives == 1
     front = Line2D(
         [], [], color=FRONT, marker="o", ms=4.2, mec="white", mew=0.5, lw=0 if one else 1.3, label="front"
@@ -289,6 +294,9 @@ def _legend(objectives: int) -> list[Line2D | Patch]:
         line,
         Line2D([], [], color=FAINT, marker="o", ms=3, mew=0, lw=0, label="dominated"),
     ]
+    if calibrated and objectives > 1:
+        mark = Line2D([], [], color="white", marker="^", ms=4.4, mec=POST, mew=0.9, lw=0, label="calibrated")
+        handles.insert(3, mark)
     if objectives == 2:
         handles.insert(3, Patch(color=_GAIN, lw=0, label="gain over it"))
         handles.append(Line2D([], [], color=QUIET, marker="+", ms=6, mew=0.9, lw=0, label="reference"))

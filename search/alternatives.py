@@ -1,0 +1,167 @@
+"""Alternatives to merging: a trial with a fitted temperature, computed from stored scores alone.
+
+Fits are made on the search split and cost no forward pass: what a method reads beyond the trials' evidence (the
+scores after every layer for Dual-Align, permuted prompts for CAPE) is measured once by `calibrate` and stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from objectives.calibrators.fitted import FittedTemperature
+from objectives.calibrators.logits import LayerwiseLogits, OptionLogits
+from objectives.calibrators.methods import METHODS, Logits, fit
+from objectives.outcomes import Outcomes
+from search.errors import ConfigError
+from search.evidence import EvidenceFolder
+from search.materials import Split
+from search.storage import TrialRecord
+
+CAPE = "cape"
+CALIBRATORS = (*(name for name in METHODS if name != "vanilla"), CAPE)
+AUTOMATIC = ("temperature", "daca")  # of `post`, on every board: they need nothing that is not stored anyway
+SPLITS: tuple[Split, ...] = ("search", "report")
+
+
+def layers_key(trial: int, split: Split) -> str:
+    """Study attribute with the digest of a trial's layer-wise scores."""
+    return f"layers:{trial}:{split}"
+
+
+def cape_key(trial: int, split: Split) -> str:
+    """Study attribute with the digest of a trial's answers averaged over orders of the options."""
+    return f"cape:{trial}:{split}"
+
+
+def calibrators_key(trial: int) -> str:
+    """Study attribute with the methods that `calibrate` was asked for, for one trial."""
+    return f"calibrators:{trial}"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A trial as a calibrator changes it.
+
+    Attributes:
+        trial: number of the trial underneath; its weights are used as they are.
+        fitted: the temperature with its evidence; None for CAPE, which has none.
+    """
+
+    trial: int
+    base: str
+    method: str
+    fitted: FittedTemperature | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.base} + {self.method}"
+
+
+class Scores:
+    """The stored scores of a study's trials, as calibrators read them."""
+
+    def __init__(
+        self, evidence: EvidenceFolder, records: Sequence[TrialRecord], attributes: Mapping[str, Any]
+    ) -> None:
+        self._evidence = evidence
+        self._records = {record.number: record for record in records if record.state == "complete"}
+        self._attributes = attributes
+        self._known: dict[tuple[int, Split, bool], Logits] = {}
+
+    def digest(self, trial: int, split: Split) -> str | None:
+        """The evidence of a trial on a split; None if it was not scored there."""
+        if split == "search":
+            return str(self._records[trial].attributes["evidence"])
+        return self._attributes.get(f"report:{trial}")
+
+    def logits(self, trial: int, split: Split, layers: bool = False) -> Logits | None:
+        """Option scores of a trial, of all layers if `layers`; None if they were not measured."""
+        key = (trial, split, layers)
+        if key not in self._known:
+            digest, each = self.digest(trial, split), self._attributes.get(layers_key(trial, split))
+            if digest is None or (layers and each is None):
+                return None
+            final = OptionLogits.from_evaluation(self._evidence.load(digest))
+            self._known[key] = (
+                LayerwiseLogits(final, self._evidence.load_layers(str(each))) if layers else final
+            )
+        return self._known[key]
+
+    def averaged(self, trial: int, split: Split) -> Outcomes | None:
+        """What CAPE makes of a trial on a split; None if that was not measured."""
+        digest = self._attributes.get(cape_key(trial, split))
+        return None if digest is None else self._evidence.load(str(digest)).outcomes
+
+    def outcomes(self, trial: int, split: Split) -> Outcomes:
+        """What a trial that was scored on a split answered."""
+        return self._evidence.load(str(self.digest(trial, split))).outcomes
+
+    def has(self, alternative: Alternative, split: Split) -> bool:
+        """Whether an alternative's answers on a split are known."""
+        if alternative.fitted is None:
+            return cape_key(alternative.trial, split) in self._attributes
+        return self.digest(alternative.trial, split) is not None
+
+    def tempered(self, alternative: Alternative, split: Split) -> Outcomes:
+        """What an alternative answers on a split for which it `has` answers."""
+        if alternative.fitted is None:
+            return self._evidence.load(str(self._attributes[cape_key(alternative.trial, split)])).outcomes
+        logits = OptionLogits.from_evaluation(self._evidence.load(str(self.digest(alternative.trial, split))))
+        return alternative.fitted.apply(logits)
+
+    def fitted(self, method: str, trial: int, pre: int, split: Split = "search") -> FittedTemperature | None:
+        """The temperature of a trial by a method, with trial `pre` as reference; None if a score is missing."""
+        layers = "layers" in METHODS[method]
+        own, reference = self.logits(trial, split, layers), self.logits(pre, split, layers)
+        if own is None or reference is None:
+            return None
+        return fit(method, own, reference)
+
+
+def read_alternatives(
+    scores: Scores, records: Sequence[TrialRecord], attributes: Mapping[str, Any]
+) -> Iterator[Alternative]:
+    """Alternatives of a study: `post` with the automatic methods, and all that `calibrate` was asked for."""
+    parents = {record.kind: record.number for record in records if record.kind in ("pre", "post")}
+    for record in records:
+        if record.state != "complete":
+            continue
+        asked = list(attributes.get(calibrators_key(record.number), ()))
+        methods = [*AUTOMATIC, *asked] if record.kind == "post" else asked
+        for method in dict.fromkeys(methods):
+            if method == CAPE:
+                if cape_key(record.number, "search") in attributes:
+                    yield Alternative(record.number, base_label(record), method, None)
+                continue
+            found = scores.fitted(method, record.number, parents["pre"])
+            if found is not None:
+                yield Alternative(record.number, base_label(record), method, found)
+
+
+def base_label(record: TrialRecord) -> str:
+    """What a trial is called on the board."""
+    coefficient = next(iter(record.coefficients.values()))
+    labels = {"uniform": f"uniform {coefficient:g}", "search": f"trial {record.number}"}
+    return labels.get(record.kind, record.kind)
+
+
+def chosen_methods(names: Sequence[str]) -> list[str]:
+    """The methods that a user named, each once; `all` stands for every one.
+
+    Raises:
+        ConfigError: no such method; the nearest is suggested.
+    """
+    import difflib
+
+    found: list[str] = []
+    for name in names:
+        if name != "all" and name not in CALIBRATORS:
+            near = difflib.get_close_matches(name.lower(), CALIBRATORS, n=1)
+            hint = f"Did you mean '{near[0]}'? " if near else ""
+            raise ConfigError(
+                f"--method {name}: no calibrator is called so. {hint}They are: {', '.join(CALIBRATORS)}, all."
+            )
+        found += CALIBRATORS if name == "all" else [name]
+    return list(dict.fromkeys(found))

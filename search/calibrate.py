@@ -1,0 +1,209 @@
+"""`mergefront calibrate`: trials of a study with calibrators on its board, and temperatures written into models.
+
+What a calibrator must read beyond a study's evidence is measured once and stored with the study.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from objectives.calibrators.cape import permuted_questions
+from objectives.calibrators.fitted import FittedTemperature
+from objectives.calibrators.layerwise import LayerwiseScorer
+from objectives.calibrators.logits import OptionLogits, vocabulary_digest
+from objectives.calibrators.methods import METHODS, Logits, fit
+from objectives.evaluator import Evaluation, Evaluator
+from objectives.tasks import load_questions
+from search.alternatives import CAPE, SPLITS, Scores, calibrators_key, cape_key, layers_key
+from search.board import Row, read_board
+from search.calibrated_model import write_temperature
+from search.config import StudyConfig
+from search.errors import ConfigError, ExportError
+from search.evidence import EvidenceFolder
+from search.export import MODEL
+from search.manifest import read_manifest
+from search.materials import Materials, Split
+from search.merging.layout import load_config
+from search.merging.loading import load_model
+from search.merging.placement import choose_device, place
+from search.merging.tokenizers import load_tokenizer
+from search.space import Recipe
+from search.storage import StudyStore
+from search.study import check_identity, size_batches
+from search.verify import ExportedStudy
+
+logger = logging.getLogger("mergefront")
+
+
+def calibrate_study(
+    store: StudyStore, materials: Materials, rows: Sequence[Row], methods: Sequence[str], pre: int
+) -> None:
+    """Puts these trials with these calibrators on the study's board; what is stored already is not measured again.
+
+    Args:
+        rows: the trials, complete.
+        methods: names of `CALIBRATORS`.
+        pre: number of the trial of the pre-trained parent.
+
+    Raises:
+        ConfigError: CAPE with questions that do not list their options; a model whose layers cannot be read.
+    """
+    numbers = [row.trial for row in rows]
+    layers = [] if not any("layers" in METHODS.get(m, ()) for m in methods) else sorted({pre, *numbers})
+    averages = numbers if CAPE in methods else []
+    if averages:
+        for split in SPLITS:  # before anything is scored
+            permuted_questions(materials.questions.of(split))
+    by_number = {record.number: record for record in store.trials()}
+    worker = _Reader(store, materials)
+    for number in dict.fromkeys([*layers, *averages, *numbers]):
+        wanted = [layers_key(number, split) for split in SPLITS if number in layers]
+        wanted += [cape_key(number, split) for split in SPLITS if number in averages]
+        wanted += [f"report:{number}"] if number in numbers else []
+        known = store.attributes()
+        missing = [key for key in wanted if key not in known]
+        if missing:
+            size_batches(store, materials)
+            materials.merge(Recipe(materials.space.method, by_number[number].coefficients))
+            for key in missing:
+                logger.info("trial %d: %s", number, key.replace(f":{number}", ""))
+                store.set_attribute(key, worker.measured(key))
+    for number in numbers:
+        asked = store.attribute(calibrators_key(number)) or []
+        store.set_attribute(calibrators_key(number), list(dict.fromkeys([*asked, *methods])))
+
+
+def calibrate_export(
+    folder: Path, method: str, storage: str | None, overrides: Sequence[str], device: str
+) -> FittedTemperature:
+    """Fits a temperature to an exported trial on the search split of its study, and writes it into the export.
+
+    Raises:
+        ExportError: the folder has no checkpoint, or was changed. ConfigError: CAPE, which is no temperature.
+    """
+    _require_temperature(method)
+    manifest = read_manifest(folder)
+    if not manifest.get("weights"):
+        raise ExportError(f"{folder}: has no checkpoint to write to. Export again with --weights.")
+    study = ExportedStudy.open(folder, manifest, storage, overrides)
+    store = study.store
+    records = [record for record in store.trials() if record.state == "complete"]
+    pre = next(record.number for record in records if record.kind == "pre")
+    number = study.record.number
+    known = store.attributes()
+    if "layers" in METHODS[method] and any(layers_key(n, "search") not in known for n in (pre, number)):
+        materials = Materials.open(study.config, device)
+        check_identity(store, materials.identity)
+        rows = [row for row in read_board(store).rows if row.trial == number]
+        calibrate_study(store, materials, rows, [method], pre)
+    scores = Scores(EvidenceFolder(store.url, store.name), records, store.attributes())
+    fitted = scores.fitted(method, number, pre)
+    assert fitted is not None, "the scores were measured above"
+    write_temperature(folder, MODEL, fitted, manifest)
+    return fitted
+
+
+def calibrate_checkpoint(
+    folder: Path, reference: Path | None, config: StudyConfig, method: str, device: str
+) -> FittedTemperature:
+    """Fits a temperature to any checkpoint on the search split of a study file's questions, and writes it there.
+
+    Args:
+        folder: a checkpoint in Hugging Face layout with its tokenizer.
+        reference: the pre-trained checkpoint, for the methods that need one.
+        config: its tasks, split and dtype are used; its parents are not.
+
+    Raises:
+        ConfigError: a method that needs a reference without one, different vocabularies or depths.
+        ExportError: a checkpoint does not load.
+    """
+    _require_temperature(method)
+    if "reference" in METHODS[method] and reference is None:
+        raise ConfigError(f"--method {method}: needs the pre-trained model. Give --reference DIR.")
+    used = reference if "reference" in METHODS[method] else None
+    if used is not None:
+        _require_comparable(folder, used, method)
+    post = _logits(folder, config, method, device)
+    pre = None if used is None else _logits(used, config, method, device)
+    fitted = fit(method, post, pre)
+    write_temperature(folder, ".", fitted, {})
+    return fitted
+
+
+def _require_temperature(method: str) -> None:
+    if method == CAPE:
+        raise ConfigError(
+            "--method cape: averages several prompts and is no temperature; a model cannot carry it."
+        )
+
+
+def _require_comparable(folder: Path, reference: Path, method: str) -> None:
+    """Says before anything is scored what the fit would find out."""
+    if "layers" in METHODS[method]:
+        depths = [int(load_config(one).get_text_config().num_hidden_layers) for one in (folder, reference)]
+        if depths[0] != depths[1]:
+            raise ConfigError(
+                f"--method {method}: {folder} has {depths[0]} layers but {reference} has {depths[1]}; it compares them "
+                "layer by layer. Use daca, which does not."
+            )
+    if method != "daca":
+        digests = [vocabulary_digest(load_tokenizer(one)) for one in (folder, reference)]
+        if digests[0] != digests[1]:
+            raise ConfigError(
+                f"--method {method}: {folder} and {reference} have different vocabularies. Give the reference that "
+                "the model was trained from, or use daca."
+            )
+
+
+def _logits(folder: Path, config: StudyConfig, method: str, device: str) -> Logits:
+    """The scores of one checkpoint on the search split, of all layers where the method reads them."""
+    tokenizer = load_tokenizer(folder)
+    questions = load_questions(config.tasks, config.split, tokenizer).search
+    dtype = getattr(torch, config.merge.dtype)
+    model = place(load_model(folder, load_config(folder), dtype, error=ExportError), choose_device(device))
+    scorer = LayerwiseScorer(model, tokenizer, config.batch_tokens)
+    logger.info("%s: scoring %d questions", folder, len(questions))
+    if "layers" in METHODS[method]:
+        return scorer.layerwise(questions, config.tasks)
+    evaluation = Evaluator(scorer, tokenizer, questions, config.tasks).evaluate()
+    return OptionLogits.from_evaluation(evaluation, None if method == "daca" else tokenizer)
+
+
+class _Reader:
+    """Reads the live model for calibrators."""
+
+    def __init__(self, store: StudyStore, materials: Materials) -> None:
+        self._materials = materials
+        self._evidence = EvidenceFolder(store.url, store.name)
+
+    def measured(self, key: str) -> str:
+        """Digest of the evidence that a study attribute of this name wants, for the model's present values."""
+        what, _, rest = key.partition(":")
+        if what == "report":
+            return self._evidence.save(self._materials.evaluate("report"))
+        split: Split = "search" if rest.endswith("search") else "report"
+        if what == "layers":
+            return self._layers(split)
+        return self._evidence.save(self._averaged(split))
+
+    def _layers(self, split: Split) -> str:
+        scorer = self._materials.scorer
+        reader = LayerwiseScorer(scorer.model, scorer.tokenizer, scorer.batch_tokens)
+        questions = self._materials.questions.of(split)
+        return self._evidence.save_layers(reader.layerwise(questions, self._materials.config.tasks).earlier)
+
+    def _averaged(self, split: Split) -> Evaluation:
+        """CAPE's mean probabilities as an evaluation of the questions themselves, with log p as their scores."""
+        materials = self._materials
+        questions = materials.questions.of(split)
+        permuted = permuted_questions(questions)
+        found = Evaluator(
+            materials.scorer, materials.tokenizer, permuted.questions, materials.config.tasks
+        ).evaluate()
+        return Evaluation.of_probabilities(
+            permuted.average(found.outcomes), found.scored_tokens, materials.evaluator(split).digest
+        )

@@ -1,0 +1,181 @@
+"""Calibrators side by side over several splits of the report questions: one half fits, the other half tests.
+
+No question that a merge was chosen on is used, and none that a temperature was fitted on tests it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from objectives.calibrators.logits import OptionLogits
+from objectives.calibrators.methods import METHODS, fit
+from objectives.metrics import get_metric
+from objectives.outcomes import Outcomes
+from search.alternatives import AUTOMATIC, CAPE, Scores, calibrators_key
+from search.board import Board, Row
+from search.errors import ConfigError
+from search.picks import named_picks
+
+SPLITS = 5
+METRICS = ("accuracy", "ece", "mce", "ece:mass", "brier", "nll", "auroc")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model with one method.
+
+    Attributes:
+        temperatures: one a split; empty for CAPE, ones for `vanilla`.
+        values: by metric, one value a split, on the half that was not fitted on.
+    """
+
+    model: str
+    method: str
+    temperatures: tuple[float, ...]
+    values: Mapping[str, tuple[float, ...]]
+
+    @property
+    def label(self) -> str:
+        return self.model if self.method == "vanilla" else f"{self.model} + {self.method}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "method": self.method,
+            "temperatures": list(self.temperatures),
+            "values": {name: list(values) for name, values in self.values.items()},
+        }
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """All entries; `questions` is (fitted on, tested on) in each of the `splits` splits."""
+
+    entries: tuple[Entry, ...]
+    questions: tuple[int, int]
+    splits: int
+
+    @property
+    def caption(self) -> str:
+        fitted, tested = self.questions
+        return (
+            f"Mean [smallest, largest] over {self.splits} random splits of the report questions: {fitted} fit the "
+            f"temperature, the other {tested} test it. ECE and MCE in 15 equal-width bins, AECE in 15 of equal mass."
+        )
+
+    def text(self) -> str:
+        """A table for a terminal: mean over the splits, and the smallest and largest value in brackets."""
+        return "\n".join(_aligned(self.rows()))
+
+    def markdown(self) -> str:
+        """The same in Markdown."""
+        header, *body = self.rows()
+        lines = [header, ["---"] * len(header), *body]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def rows(self) -> list[list[str]]:
+        """Header, then a line an entry; a spread reads `mean [smallest, largest]`."""
+        arrows = {name: "up" if get_metric(name).maximize else "down" for name in METRICS}
+        titles = [f"{'aece' if name == 'ece:mass' else name} {arrows[name]}" for name in METRICS]
+        body = [
+            [
+                entry.label,
+                _spread(entry.temperatures, 2),
+                *(_spread(entry.values[name], 3) for name in METRICS),
+            ]
+            for entry in self.entries
+        ]
+        return [["model", "temperature", *titles], *body]
+
+
+def calibration_table(
+    board: Board, scores: Scores, attributes: Mapping[str, Any], splits: int = SPLITS
+) -> CalibrationTable:
+    """Every method that the stored scores allow, for `post`; for `pre` and the picks those that were asked for.
+
+    Args:
+        attributes: of the study.
+
+    Raises:
+        ConfigError: the report split is not scored yet, or has fewer than four questions.
+    """
+    pre, post = (board.of_kind(kind)[0] for kind in ("pre", "post"))
+    if not (pre.report and post.report):
+        raise ConfigError(f"study '{board.study}': the report split is not scored yet. Resume it first.")
+    n = board.questions["report"]
+    if n < 4:
+        raise ConfigError(f"study '{board.study}': {n} questions in the report split cannot be split again.")
+    halves = [_halves(n, seed) for seed in range(splits)]
+    entries = []
+    for row, title in _models(board, attributes):
+        asked = [*attributes.get(calibrators_key(row.trial), ())]
+        automatic = list(AUTOMATIC) if row.kind != "pre" else []
+        for method in dict.fromkeys(["vanilla", *automatic, *asked]):
+            entry = _entry(scores, row, title, method, pre.trial, halves)
+            if entry is not None:
+                entries.append(entry)
+    return CalibrationTable(tuple(entries), (len(halves[0][0]), len(halves[0][1])), splits)
+
+
+def _models(board: Board, attributes: Mapping[str, Any]) -> list[tuple[Row, str]]:
+    """Parents, the named picks, and what `calibrate` was asked for, each trial once."""
+    found = {row.trial: (row, row.label) for row in board.of_kind("pre", "post")}
+    for name, row in named_picks(board).items():
+        if row.report:
+            known = found.get(row.trial)
+            found[row.trial] = (row, f"{row.label} ({name})" if known is None else known[1])
+    for row in board.rows:
+        if calibrators_key(row.trial) in attributes and row.report:
+            found.setdefault(row.trial, (row, row.label))
+    return list(found.values())
+
+
+def _entry(
+    scores: Scores, row: Row, title: str, method: str, pre: int, halves: Sequence[tuple[Any, Any]]
+) -> Entry | None:
+    """None where a score that the method reads was not measured on the report split."""
+    tested: list[Outcomes]
+    temperatures: list[float] = []
+    if method == CAPE:
+        averaged = scores.averaged(row.trial, "report")
+        if averaged is None:
+            return None
+        tested = [averaged.select(test) for _, test in halves]
+    else:
+        layers = "layers" in METHODS[method]
+        own, reference = scores.logits(row.trial, "report", layers), scores.logits(pre, "report", layers)
+        if own is None or reference is None:
+            return None
+        tested = []
+        for fitted_on, test in halves:
+            found = fit(method, own.select(fitted_on), reference.select(fitted_on))
+            temperatures.append(found.temperature)
+            final: OptionLogits = own.final.select(test)
+            tested.append(found.apply(final))
+    metrics = [get_metric(name) for name in METRICS]
+    values = {metric.name: tuple(metric.value(outcomes) for outcomes in tested) for metric in metrics}
+    return Entry(title, method, tuple(temperatures), values)
+
+
+def _halves(n: int, seed: int) -> tuple[Any, Any]:
+    """Indices of a random half of n questions and of the others, both ascending."""
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    if max(values) == min(values):
+        return mean
+    return f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]))]
+    return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
