@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from objectives.evidence_file import checked_array, read_evidence, write_evidence
 from objectives.outcomes import Outcomes
-from search.errors import DiskError, EvaluationError
+from search.errors import EvaluationError
 
 if TYPE_CHECKING:
     from objectives.scoring import Progress, Scorer
@@ -72,9 +73,7 @@ class Evaluation:
         Raises:
             DiskError: the file cannot be written; an earlier one stays as it was.
         """
-        from safetensors.numpy import save
-
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "divisor": self.divisor,
             "gold": self.outcomes.gold,
             "loglikelihood": self.loglikelihood,
@@ -83,24 +82,7 @@ class Evaluation:
             "task": self.outcomes.task,
         }
         metadata = {"format": FORMAT, "questions": self.digest, "scored_tokens": str(self.scored_tokens)}
-        content = _with_sorted_metadata(
-            save({k: np.ascontiguousarray(v) for k, v in arrays.items()}), metadata
-        )
-        target = Path(path)
-        staged = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            with staged.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(staged, target)
-            _sync_folder(target.parent)
-        except OSError as error:
-            staged.unlink(missing_ok=True)
-            raise DiskError(
-                f"{target}: cannot write the evaluation ({error.strerror}). Make room for it."
-            ) from error
-        return hashlib.sha256(content).hexdigest()
+        return write_evidence(path, arrays, metadata)
 
     @classmethod
     def load(
@@ -115,33 +97,11 @@ class Evaluation:
         Raises:
             EvaluationError: no such file, another content, other questions, or arrays that do not fit together.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
         where = Path(path)
-        try:
-            content = where.read_bytes()
-        except OSError as error:
-            raise EvaluationError(f"{where}: cannot read the evaluation ({error.strerror}).") from error
-        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise EvaluationError(
-                f"{where}: SHA-256 is not the recorded {sha256[:12]}...: the file was changed."
-            )
-        try:
-            arrays = load(content)
-            metadata = _metadata(content)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise EvaluationError(f"{where}: no evaluation file ({error}).") from error
-        if metadata.get("format") != FORMAT:
-            raise EvaluationError(f"{where}: format is {metadata.get('format')!r}, wanted '{FORMAT}'.")
-        found = metadata.get("questions", "")
-        if digest is not None and found != digest:
-            raise EvaluationError(
-                f"{where}: is about other questions ({found[:12]}..., wanted {digest[:12]}...)."
-            )
+        arrays, metadata = read_evidence(where, FORMAT, sha256=sha256, about=digest)
         floats, integers = ("loglikelihood", "divisor", "mass"), ("options", "gold", "task")
-        score, divisor, mass = (_array(where, arrays, name, np.float32) for name in floats)
-        options, gold, task = (_array(where, arrays, name, np.int64) for name in integers)
+        score, divisor, mass = (checked_array(where, arrays, name, np.float32) for name in floats)
+        options, gold, task = (checked_array(where, arrays, name, np.int64) for name in integers)
         n = len(options)
         columns = (score[:, 0] if score.ndim == 2 else score, mass, gold, task)
         if score.ndim != 2 or divisor.shape != score.shape or any(array.shape != (n,) for array in columns):
@@ -156,7 +116,7 @@ class Evaluation:
             outcomes = _outcomes(score, divisor, options, gold, task)
         except EvaluationError as error:
             raise EvaluationError(f"{where}: {error}") from error
-        return cls(outcomes, score, divisor, mass, int(tokens), found)
+        return cls(outcomes, score, divisor, mass, int(tokens), metadata.get("questions", ""))
 
 
 class Evaluator:
@@ -243,29 +203,3 @@ def _array(
         found = arrays[name].dtype if name in arrays else "nothing"
         raise EvaluationError(f"{where}: array '{name}' is {found}, wanted {np.dtype(dtype)}.")
     return arrays[name]
-
-
-def _with_sorted_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
-    """Puts metadata into a safetensors header; the library's own writer orders it differently in every run."""
-    import json
-
-    size = int.from_bytes(content[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + size])}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + size :]
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    import json
-
-    size = int.from_bytes(content[:8], "little")
-    return {str(k): str(v) for k, v in json.loads(content[8 : 8 + size]).get("__metadata__", {}).items()}
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,18 +1,23 @@
-"""Per-question probabilities on disk, named by their content, so that every metric can be computed again."""
+"""What models answered, on disk, named by its content, so that every metric can be computed again."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from objectives.diversity import Diversity
 from objectives.evaluator import Evaluation
+from objectives.evidence_file import checked_array, read_evidence, write_evidence
+from objectives.generation import Generations
 from objectives.outcomes import Floats
 from search.database import sqlite_path
-from search.errors import DiskError, EvaluationError, StorageError
+from search.errors import DiskError, StorageError
+
+LAYERS = "mergefront-layers-1"
 
 
 class EvidenceFolder:
@@ -27,20 +32,13 @@ class EvidenceFolder:
         server = Path(os.environ.get("MERGEFRONT_EVIDENCE") or "runs") / name
         self.path = (database.parent if database is not None else server) / "evidence"
 
-    def save(self, evaluation: Evaluation) -> str:
-        """Writes the evaluation; returns its SHA-256, by which `load` finds it.
+    def save(self, evidence: Evaluation | Diversity | Generations) -> str:
+        """Writes what was measured; returns its SHA-256, by which `load` finds it.
 
         Raises:
             DiskError: it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            staged = self.path / f"new-{uuid.uuid4().hex}.safetensors"
-            digest = evaluation.save(staged)
-            os.replace(staged, self._file(digest))
-        except OSError as error:
-            raise DiskError(f"{self.path}: evidence cannot be written: {error.strerror}.") from error
-        return digest
+        return self._put(evidence.save)
 
     def save_layers(self, earlier: Floats) -> str:
         """Writes the scores after all layers but the last, `(n, L - 1, k)` float64; returns the file's SHA-256.
@@ -50,22 +48,9 @@ class EvidenceFolder:
         Raises:
             DiskError: they cannot be written.
         """
-        from safetensors.numpy import save
-
-        content = save({"earlier": np.ascontiguousarray(earlier, dtype=np.float32)})
-        digest = hashlib.sha256(content).hexdigest()
-        staged = self.path / f"new-{uuid.uuid4().hex}.safetensors"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with staged.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(staged, self._file(digest))
-        except OSError as error:
-            staged.unlink(missing_ok=True)
-            raise DiskError(f"{self.path}: evidence cannot be written: {error.strerror}.") from error
-        return digest
+        return self._put(
+            lambda path: write_evidence(path, {"earlier": earlier.astype(np.float32)}, {"format": LAYERS})
+        )
 
     def load_layers(self, digest: str) -> Floats:
         """Reads what `save_layers` wrote.
@@ -73,16 +58,9 @@ class EvidenceFolder:
         Raises:
             StorageError: the file is missing. EvaluationError: it does not hold what its name promises.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
-        content = self._existing(digest).read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise EvaluationError(f"{self._file(digest)}: SHA-256 is not its name: the file was changed.")
-        try:
-            return np.asarray(load(content)["earlier"], dtype=np.float64)
-        except (SafetensorError, KeyError) as error:
-            raise EvaluationError(f"{self._file(digest)}: holds no layer-wise scores ({error}).") from error
+        path = self._existing(digest)
+        arrays, _ = read_evidence(path, LAYERS, sha256=digest)
+        return np.asarray(checked_array(path, arrays, "earlier", np.float32), dtype=np.float64)
 
     def load(self, digest: str) -> Evaluation:
         """Reads an evaluation back.
@@ -91,6 +69,21 @@ class EvidenceFolder:
             StorageError: the file is missing. EvaluationError: it does not hold what its name promises.
         """
         return Evaluation.load(self._existing(digest), sha256=digest)
+
+    def load_diversity(self, digest: str) -> Diversity:
+        """Reads a trial's diversities back; errors as `load`."""
+        return Diversity.load(self._existing(digest), sha256=digest)
+
+    def _put(self, write: Callable[[Path], str]) -> str:
+        """Lets `write` make a file and gives it the name of its content."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            staged = self.path / f"new-{uuid.uuid4().hex}.safetensors"
+            digest = write(staged)
+            os.replace(staged, self._file(digest))
+        except OSError as error:
+            raise DiskError(f"{self.path}: evidence cannot be written: {error.strerror}.") from error
+        return digest
 
     def _existing(self, digest: str) -> Path:
         path = self._file(digest)

@@ -1,0 +1,179 @@
+"""Whether two answers mean the same, by a given model: cosine of embeddings, or entailment both ways."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from objectives.encoding import max_length
+from search.errors import CheckpointError, ConfigError
+
+PAIRS = 64  # sequences that go through an equivalence model at once
+
+Booleans = npt.NDArray[np.bool_]
+
+
+class Equivalence(Protocol):
+    """Says which answers to a prompt mean the same.
+
+    Attributes:
+        title: which model and which rule, so that numbers of two of them are not compared.
+    """
+
+    @property
+    def title(self) -> str: ...
+
+    def __call__(self, prompt: str, answers: Sequence[str]) -> Booleans:
+        """`(k, k)` bool, symmetric with a true diagonal, for k >= 2 different, non-empty answers."""
+
+
+class EmbeddingEquivalence:
+    """Answers are equivalent when the cosine of their embeddings reaches a threshold.
+
+    The embedding is the mean of the last hidden states over the answer's tokens (the prompt is not embedded).
+    The right threshold depends on the model: a causal model's embeddings all lie close to each other
+    (Ethayarajh 2019, arXiv 1909.00512), those of a sentence encoder are spread out.
+
+    Args:
+        folder: a local encoder or causal checkpoint, safetensors, with a fast tokenizer.
+        threshold: least cosine, above 0, at most 1.
+        device: where the model runs, in float32.
+
+    Raises:
+        ConfigError: the threshold. CheckpointError: the folder is missing, broken or unsafe, or not such a model.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, threshold: float, device: str = "cpu") -> None:
+        if not 0.0 < threshold <= 1.0:
+            raise ConfigError(f"equivalence: threshold is {threshold} (wanted above 0, at most 1).")
+        # Mean pooling has no use for a pooling layer, and some checkpoints come without one.
+        self._model, self._tokenizer, digest = _load(folder, "AutoModel", device, optional="pooler.")
+        self._threshold = threshold
+        self.title = f"embedding {digest[:12]}, cosine >= {threshold:g}"
+
+    @torch.inference_mode()
+    def __call__(self, prompt: str, answers: Sequence[str]) -> Booleans:
+        encoded = self._tokenizer(
+            list(answers), truncation=True, max_length=_limit(self._model, self._tokenizer)
+        )
+        hidden = []
+        for inputs in _batches(encoded, self._model):
+            state = self._model(**inputs).last_hidden_state.double()
+            mask = inputs["attention_mask"][..., None].double()
+            hidden.append((state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+        unit = torch.nn.functional.normalize(torch.cat(hidden), dim=-1)
+        return _symmetric((unit @ unit.T >= self._threshold).cpu().numpy())
+
+
+class EntailmentEquivalence:
+    """Answers are equivalent when each entails the other, given the prompt.  (Kuhn et al. 2023, section 3.2)
+
+    Each ordered pair goes through a sequence-classification model as (prompt + answer, prompt + other answer);
+    entailment must be the most probable class both ways. A pair that is too long loses tokens on the left.
+
+    Args:
+        folder: a local natural language inference checkpoint, safetensors, with a fast tokenizer and a class
+            called entailment in its config.
+        device: where the model runs, in float32.
+
+    Raises:
+        CheckpointError: the folder is missing, broken or unsafe, or not such a model.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, device: str = "cpu") -> None:
+        self._model, self._tokenizer, digest = _load(folder, "AutoModelForSequenceClassification", device)
+        self._tokenizer.truncation_side = "left"  # the answers are on the right
+        labels = {str(name).lower(): int(index) for index, name in self._model.config.id2label.items()}
+        if "entailment" not in labels:
+            raise CheckpointError(
+                f"{folder}: no class called entailment (its classes: {', '.join(labels)}). "
+                "Give a natural language inference model."
+            )
+        self._entailment = labels["entailment"]
+        self.title = f"entailment {digest[:12]}"
+
+    @torch.inference_mode()
+    def __call__(self, prompt: str, answers: Sequence[str]) -> Booleans:
+        k = len(answers)
+        whole = [f"{prompt} {answer}" for answer in answers]
+        pairs = [(i, j) for i in range(k) for j in range(k) if i != j]
+        encoded = self._tokenizer(
+            [whole[i] for i, _ in pairs],
+            [whole[j] for _, j in pairs],
+            truncation=True,
+            max_length=_limit(self._model, self._tokenizer),
+        )
+        logits = torch.cat([self._model(**inputs).logits for inputs in _batches(encoded, self._model)])
+        entails = np.eye(k, dtype=np.bool_)
+        entails[tuple(np.array(pairs).T)] = (logits.argmax(dim=-1) == self._entailment).cpu().numpy()
+        return _symmetric(entails)
+
+
+def _load(
+    folder: str | os.PathLike[str], kind: str, device: str, optional: str | None = None
+) -> tuple[Any, Any, str]:
+    """Model in eval mode, tokenizer, SHA-256 of the weights; tensors that start with `optional` may be missing."""
+    import transformers
+
+    from search.merging.checkpoint import Checkpoint
+    from search.merging.layout import load_config
+    from search.merging.tokenizers import load_tokenizer
+
+    checkpoint = Checkpoint.open(Path(folder))
+    tokenizer = load_tokenizer(checkpoint.folder)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, report = getattr(transformers, kind).from_pretrained(
+            str(checkpoint.folder),
+            config=load_config(checkpoint.folder),
+            dtype=torch.float32,
+            attn_implementation="eager",  # every architecture has it, DeBERTa has nothing else
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: the model does not load ({reason}).") from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    missing = sorted(
+        key for key in report["missing_keys"] if optional is None or not key.startswith(optional)
+    )
+    if missing:
+        raise CheckpointError(f"{folder}: {missing[0]}: missing. It is not a checkpoint for {kind}.")
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id or 0
+    return model.eval().to(device), tokenizer, checkpoint.sha256()
+
+
+def _limit(model: Any, tokenizer: Any) -> int:
+    """Most tokens of a sequence; the tokenizer knows better where some positions are reserved (RoBERTa)."""
+    return min(max_length(model.config, tokenizer), int(tokenizer.model_max_length))
+
+
+def _batches(encoded: Any, model: Any) -> Iterator[dict[str, Tensor]]:
+    """The encoded sequences in their order, `PAIRS` at once, padded on the right."""
+    rows = encoded["input_ids"]
+    for first in range(0, len(rows), PAIRS):
+        inputs = {}
+        width = max(1, *map(len, rows[first : first + PAIRS]))
+        for name in encoded:
+            fill = model.config.pad_token_id if name == "input_ids" else 0
+            padded = [[*row, *[fill] * (width - len(row))] for row in encoded[name][first : first + PAIRS]]
+            inputs[name] = torch.tensor(padded, device=model.device)
+        yield inputs
+
+
+def _symmetric(same: Booleans) -> Booleans:
+    return np.asarray((same & same.T) | np.eye(len(same), dtype=np.bool_))
