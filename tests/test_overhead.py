@@ -1,0 +1,86 @@
+"""What a study costs besides merging and scoring: it must not grow with the study."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from search import trials
+from search.storage import StudyStore
+from search.study import run
+
+
+@pytest.fixture(scope="module")
+def overhead() -> ModuleType:
+    """studies/bench/overhead.py"""
+    path = Path(__file__).parents[1] / "studies" / "bench" / "overhead.py"
+    spec = importlib.util.spec_from_file_location("overhead", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["overhead"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("engine", ["optuna:nsga2", "pymoo:nsga2"])
+def test_a_trial_reads_and_writes_the_same_in_a_small_and_in_a_large_study(
+    overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Counted are the statements, and the trials that come back, of four trials after the study was read once."""
+    read: list[int] = []
+    read_trials = trials.TrialTables.read
+
+    def counting(self: Any, ids: Any) -> Any:
+        read.append(len(ids))
+        return read_trials(self, ids)
+
+    monkeypatch.setattr(trials.TrialTables, "read", counting)
+    costs = []
+    for size in (40, 400):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        store, materials = overhead.free_study(folder, engine, 3, size + 4)
+        overhead.fill(folder / "study.db", materials, size)
+        store = StudyStore.open(store.url, store.name)
+        assert len(store.trials()) == size
+        statements: list[str] = []
+        event.listen(
+            store._storage.engine, "before_cursor_execute", lambda *a, to=statements: to.append(a[2])
+        )
+        read.clear()
+        run(store, materials, report=False)
+        assert sum(trial.state == "complete" for trial in store.trials()) == size + 4
+        costs.append((len(statements), sum(read)))
+    (few, read_few), (many, read_many) = costs
+    assert many <= 1.05 * few, "a recipe that was scored before has one attribute more"
+    assert read_few == read_many <= 4 * 6, "a running trial is read at each look, a finished one once"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coefficients", [14, 64])
+def test_proposing_and_storing_are_less_than_two_percent_of_a_real_trial(
+    overhead: ModuleType, coefficients: int
+) -> None:
+    found = overhead.measure_trials("optuna:tpe", coefficients, 75, window=50)
+    assert found["seconds"] < 0.02 * overhead.REAL_TRIAL, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["optuna:nsga2", "pymoo:nsga2"])
+def test_the_last_of_2000_trials_costs_at_most_twice_the_200th(overhead: ModuleType, engine: str) -> None:
+    found = overhead.measure_trials(engine, 64, 2000)
+    assert found["growth"] <= 2, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["optuna:nsga2", "optuna:tpe", "pymoo:nsga2"])
+def test_a_study_of_10000_trials_goes_on_within_ten_seconds(overhead: ModuleType, engine: str) -> None:
+    found = overhead.measure_reopening(engine, 64, 10_000)
+    assert found["total"] < 10, found
