@@ -23,13 +23,15 @@ import numpy as np
 import numpy.typing as npt
 
 from objectives.bootstrap import checked_weights, interval, weighted_mean
-from objectives.equivalence import Equivalence
 from objectives.evidence_file import checked_array, read_evidence, write_evidence
-from objectives.generation import Generations
 from search.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
+    # Not imported: they bring torch, which reading a board does not need.
     from sacrebleu.metrics.bleu import BLEU
+
+    from objectives.equivalence import Equivalence
+    from objectives.generation import Generations
 
 FORMAT = "mergefront-diversity-1"
 

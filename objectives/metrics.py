@@ -1,7 +1,8 @@
 """The metrics by name: what a study file's `objectives` may say, with direction and worst value.
 
 Names: `accuracy`, `ece`, `ece:N`, `ece:mass`, `ece:N:mass`, `ece:debiased`, `ece:N:debiased`, `mce`, `brier`,
-`brier:top`, `nll`, `auroc`; with `@TASK` behind it, on the questions of one task only.
+`brier:top`, `nll`, `auroc`; with `@TASK` behind it, on the questions of one task only. And those of sampled answers:
+`distinct-1`, `distinct-2`, `self-bleu`, `semantic-entropy` (`diversity.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from objectives import calibration
 from objectives.accuracy import accuracy
 from objectives.bootstrap import checked_weights, interval, require_questions
+from objectives.diversity import DIVERSITY_NAMES, DiversityMetric, get_diversity_metric
 from objectives.outcomes import Floats, Outcomes
 from search.errors import ConfigError
 
@@ -113,12 +115,21 @@ def get_metric(name: str, tasks: Sequence[str] = ()) -> Metric:
         return Metric(name, maximize, worst, function, index)
     binned = _BINNED.fullmatch(base)
     if binned is None:
-        known = (*METRIC_NAMES, "ece:10", "ece:10:mass")
+        known = (*METRIC_NAMES, "ece:10", "ece:10:mass", *DIVERSITY_NAMES)
         raise ConfigError(_unknown("objectives: no metric called", base, known, "metrics"))
     n_bins = int(binned[1])
     if n_bins > MAX_BINS:
         raise ConfigError(f"objectives: {name}: {n_bins} bins (wanted 1 to {MAX_BINS}).")
     return Metric(name, False, 1.0, partial(_BINNED_FUNCTIONS[binned[2] or ""], n_bins=n_bins), index)
+
+
+def find_metric(name: str, tasks: Sequence[str] = ()) -> Metric | DiversityMetric:
+    """The metric called `name`, of answers to questions or of sampled answers to prompts.
+
+    Raises:
+        ConfigError: as `get_metric`.
+    """
+    return get_diversity_metric(name) if name in DIVERSITY_NAMES else get_metric(name, tasks)
 
 
 def _unknown(problem: str, found: str, known: Sequence[str], kind: str) -> str:

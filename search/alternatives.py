@@ -35,6 +35,11 @@ def cape_key(trial: int, split: Split) -> str:
     return f"cape:{trial}:{split}"
 
 
+def diversity_key(trial: int, method: str, split: Split) -> str:
+    """Study attribute with the digest of the answers that a trial samples at a method's temperature."""
+    return f"diversity:{trial}:{method}:{split}"
+
+
 def calibrators_key(trial: int) -> str:
     """Study attribute with the methods that `calibrate` was asked for, for one trial."""
     return f"calibrators:{trial}"
@@ -75,6 +80,14 @@ class Scores:
         if split == "search":
             return str(self._records[trial].attributes["evidence"])
         return self._attributes.get(f"report:{trial}")
+
+    def diversity(self, trial: int, split: Split, method: str = "") -> str | None:
+        """The evidence of a trial's sampled answers, or of those at a method's temperature; None if there is none."""
+        if method:
+            return self._attributes.get(diversity_key(trial, method, split))
+        if split == "search":
+            return self._records[trial].attributes.get("diversity")
+        return self._attributes.get(f"diversity:{trial}")
 
     def logits(self, trial: int, split: Split, layers: bool = False) -> Logits | None:
         """Option scores of a trial, of all layers if `layers`; None if they were not measured."""

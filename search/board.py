@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from objectives.bootstrap import interval, resample_weights
-from objectives.metrics import Metric, get_metric
+from objectives.diversity import Diversity, get_diversity_metric
+from objectives.metrics import Metric, find_metric, get_metric
 from objectives.outcomes import Outcomes
 from search.alternatives import Alternative, Scores, base_label, read_alternatives
 from search.errors import ConfigError
@@ -201,7 +202,8 @@ def read_board(store: StudyStore) -> Board:
     attributes = store.attributes()
     tasks = attributes["facts"]["tasks"]
     objectives = tuple((str(name), bool(maximize)) for name, maximize in attributes["objectives"])
-    metrics = [get_metric(name, tasks=tasks) for name, _ in objectives]
+    wanted = [find_metric(name, tasks=tasks) for name, _ in objectives]
+    metrics = [metric for metric in wanted if isinstance(metric, Metric)]
     done = [record for record in store.trials() if record.state == "complete"]
     parents = {record.kind: record for record in done if record.kind in ("pre", "post")}
     if len(parents) < 2:
@@ -210,7 +212,7 @@ def read_board(store: StudyStore) -> Board:
         )
     on_front = front_of(done, [maximize for _, maximize in objectives])
     evidence = EvidenceFolder(store.url, store.name)
-    computer = _Computer()
+    computer = _Computer(evidence)
     beside = [*metrics, *(get_metric(name) for name in BESIDE if name not in dict(objectives))]
 
     scores = Scores(evidence, done, attributes)
@@ -224,7 +226,8 @@ def read_board(store: StudyStore) -> Board:
                 continue
             shown = metrics if split == "search" else beside
             found = computer.cells(split, digest, partial(scores.outcomes, record.number, split), shown)
-            cells[split], samples[split][base_label(record)] = found
+            sampled = computer.sampled(split, scores.diversity(record.number, split))
+            cells[split], samples[split][base_label(record)] = found[0] | sampled[0], found[1] | sampled[1]
         rows.append(_row(record, record.number in on_front, cells))
     alternatives = []
     for one in read_alternatives(scores, done, attributes):
@@ -232,7 +235,8 @@ def read_board(store: StudyStore) -> Board:
         for split in SPLITS:
             if scores.has(one, split):
                 found = computer.cells(split, one.label, partial(scores.tempered, one, split), beside)
-                cells[split], samples[split][one.label] = found
+                sampled = computer.sampled(split, scores.diversity(one.trial, split, one.method))
+                cells[split], samples[split][one.label] = found[0] | sampled[0], found[1] | sampled[1]
         alternatives.append(_alternative(one, next(r for r in rows if r.trial == one.trial), cells))
     reference = _reference(objectives, parents)
     # What a merge has to beat: both parents, and what a temperature alone makes of `post`.
@@ -250,10 +254,11 @@ def read_board(store: StudyStore) -> Board:
 
 
 class _Computer:
-    """Metrics of outcomes with their bootstrap samples, each once."""
+    """Metrics of answers with their bootstrap samples, each once."""
 
-    def __init__(self) -> None:
-        self._weights: dict[Split, NDArray[np.float64]] = {}
+    def __init__(self, evidence: EvidenceFolder) -> None:
+        self._evidence = evidence
+        self._weights: dict[tuple[Split, bool], NDArray[np.float64]] = {}
         self._known: dict[tuple[Split, str, str], tuple[Cell, NDArray[np.float64]]] = {}
 
     def cells(
@@ -267,15 +272,33 @@ class _Computer:
             for metric in missing:
                 value, drawn = metric.value(outcomes), metric(outcomes, weights)
                 self._known[split, key, metric.name] = (_cell(value, metric.interval(value, drawn)), drawn)
-        found = {metric.name: self._known[split, key, metric.name] for metric in metrics}
+        return self._found(split, key, [metric.name for metric in metrics])
+
+    def sampled(self, split: Split, digest: str | None) -> tuple[dict[str, Cell], Samples]:
+        """The same for sampled answers, over prompts instead of questions; nothing where there are none."""
+        if digest is None:
+            return {}, {}
+        diversity = self._evidence.load_diversity(digest)
+        weights = self._resamples(split, diversity)
+        for metric in map(get_diversity_metric, diversity.values):
+            if (split, digest, metric.name) not in self._known:
+                value, drawn = metric.value(diversity), metric(diversity, weights)
+                cell = _cell(value, metric.interval(value, drawn))
+                self._known[split, digest, metric.name] = (cell, drawn)
+        return self._found(split, digest, list(diversity.values))
+
+    def _found(self, split: Split, key: str, names: Sequence[str]) -> tuple[dict[str, Cell], Samples]:
+        found = {name: self._known[split, key, name] for name in names}
         return {name: cell for name, (cell, _) in found.items()}, {
             name: drawn for name, (_, drawn) in found.items()
         }
 
-    def _resamples(self, split: Split, outcomes: Outcomes) -> NDArray[np.float64]:
-        if split not in self._weights:
-            self._weights[split] = resample_weights(len(outcomes), RESAMPLES, strata=outcomes.task)
-        return self._weights[split]
+    def _resamples(self, split: Split, answers: Outcomes | Diversity) -> NDArray[np.float64]:
+        strata = answers.task if isinstance(answers, Outcomes) else None
+        key = (split, strata is None)
+        if key not in self._weights:
+            self._weights[key] = resample_weights(len(answers), RESAMPLES, strata=strata)
+        return self._weights[key]
 
 
 def _cell(value: float, interval: tuple[float, float]) -> Cell:
@@ -359,6 +382,8 @@ def _with_differences(row: Row, samples: Mapping[str, Samples], rivals: Sequence
             continue
         found[rival.label] = {}
         for name, drawn in samples[row.label].items():
+            if name not in rival.report:
+                continue  # a calibrated trial whose answers were not sampled
             value = row.report[name].value - rival.report[name].value
             differences = drawn - samples[rival.label][name]
             found[rival.label][name] = _cell(value, interval(differences, value=value))

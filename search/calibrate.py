@@ -18,7 +18,7 @@ from objectives.calibrators.logits import OptionLogits, vocabulary_digest
 from objectives.calibrators.methods import METHODS, Logits, fit
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.tasks import load_questions
-from search.alternatives import CAPE, SPLITS, Scores, calibrators_key, cape_key, layers_key
+from search.alternatives import CAPE, SPLITS, Scores, calibrators_key, cape_key, diversity_key, layers_key
 from search.board import Row, read_board
 from search.calibrated_model import write_temperature
 from search.config import StudyConfig
@@ -72,9 +72,36 @@ def calibrate_study(
             for key in missing:
                 logger.info("trial %d: %s", number, key.replace(f":{number}", ""))
                 store.set_attribute(key, worker.measured(key))
+    _sample_answers(store, materials, numbers, methods, pre)
     for number in numbers:
         asked = store.attribute(calibrators_key(number)) or []
         store.set_attribute(calibrators_key(number), list(dict.fromkeys([*asked, *methods])))
+
+
+def _sample_answers(
+    store: StudyStore, materials: Materials, numbers: Sequence[int], methods: Sequence[str], pre: int
+) -> None:
+    """Samples answers at each fitted temperature, where the study samples answers: diversity changes with it."""
+    if materials.prompts is None:
+        return
+    evidence = EvidenceFolder(store.url, store.name)
+    records = {record.number: record for record in store.trials() if record.state == "complete"}
+    scores = Scores(evidence, list(records.values()), store.attributes())
+    for number in numbers:
+        fitted = {method: scores.fitted(method, number, pre) for method in methods if method != CAPE}
+        known = store.attributes()
+        wanted = [(m, s) for m in fitted for s in SPLITS if diversity_key(number, m, s) not in known]
+        if wanted:
+            materials.merge(Recipe(materials.space.method, records[number].coefficients))
+        for method, split in wanted:
+            one = fitted[method]
+            assert one is not None, "the scores were measured above"
+            logger.info(
+                "trial %d: answers at temperature %.3g (%s, %s)", number, one.temperature, method, split
+            )
+            sampled = materials.diversify(split, one.temperature)
+            assert sampled is not None, "there are prompts"
+            store.set_attribute(diversity_key(number, method, split), evidence.save(sampled))
 
 
 def calibrate_export(

@@ -13,10 +13,11 @@ import numpy as np
 
 from objectives.calibrators.logits import OptionLogits
 from objectives.calibrators.methods import METHODS, fit
+from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import get_metric
 from objectives.outcomes import Outcomes
 from search.alternatives import AUTOMATIC, CAPE, Scores, calibrators_key
-from search.board import Board, Row
+from search.board import Board, Cell, Row
 from search.errors import ConfigError
 from search.picks import named_picks
 
@@ -31,12 +32,14 @@ class Entry:
     Attributes:
         temperatures: one a split; empty for CAPE, ones for `vanilla`.
         values: by metric, one value a split, on the half that was not fitted on.
+        sampled: diversities on all prompts of the report split, at the board's temperature; empty if not sampled.
     """
 
     model: str
     method: str
     temperatures: tuple[float, ...]
     values: Mapping[str, tuple[float, ...]]
+    sampled: Mapping[str, Cell]
 
     @property
     def label(self) -> str:
@@ -48,6 +51,7 @@ class Entry:
             "method": self.method,
             "temperatures": list(self.temperatures),
             "values": {name: list(values) for name, values in self.values.items()},
+            "sampled": {name: cell.to_json() for name, cell in self.sampled.items()},
         }
 
 
@@ -65,6 +69,11 @@ class CalibrationTable:
         return (
             f"Mean [smallest, largest] over {self.splits} random splits of the report questions: {fitted} fit the "
             f"temperature, the other {tested} test it. ECE and MCE in 15 equal-width bins, AECE in 15 of equal mass."
+            + (
+                " Diversities: of answers to all prompts of the report split, with 95 % bootstrap intervals."
+                if any(entry.sampled for entry in self.entries)
+                else ""
+            )
         )
 
     def text(self) -> str:
@@ -81,11 +90,14 @@ class CalibrationTable:
         """Header, then a line an entry; a spread reads `mean [smallest, largest]`."""
         arrows = {name: "up" if get_metric(name).maximize else "down" for name in METRICS}
         titles = [f"{'aece' if name == 'ece:mass' else name} {arrows[name]}" for name in METRICS]
+        sampled = [name for name in DIVERSITY_NAMES if any(name in entry.sampled for entry in self.entries)]
+        titles += [f"{name} {'up' if get_diversity_metric(name).maximize else 'down'}" for name in sampled]
         body = [
             [
                 entry.label,
                 _spread(entry.temperatures, 2),
                 *(_spread(entry.values[name], 3) for name in METRICS),
+                *(_interval(entry.sampled.get(name)) for name in sampled),
             ]
             for entry in self.entries
         ]
@@ -115,7 +127,7 @@ def calibration_table(
         asked = [*attributes.get(calibrators_key(row.trial), ())]
         automatic = list(AUTOMATIC) if row.kind != "pre" else []
         for method in dict.fromkeys(["vanilla", *automatic, *asked]):
-            entry = _entry(scores, row, title, method, pre.trial, halves)
+            entry = _entry(scores, row, title, method, pre.trial, halves, _sampled(board, row, method))
             if entry is not None:
                 entries.append(entry)
     return CalibrationTable(tuple(entries), (len(halves[0][0]), len(halves[0][1])), splits)
@@ -135,7 +147,13 @@ def _models(board: Board, attributes: Mapping[str, Any]) -> list[tuple[Row, str]
 
 
 def _entry(
-    scores: Scores, row: Row, title: str, method: str, pre: int, halves: Sequence[tuple[Any, Any]]
+    scores: Scores,
+    row: Row,
+    title: str,
+    method: str,
+    pre: int,
+    halves: Sequence[tuple[Any, Any]],
+    sampled: Mapping[str, Cell],
 ) -> Entry | None:
     """None where a score that the method reads was not measured on the report split."""
     tested: list[Outcomes]
@@ -158,7 +176,15 @@ def _entry(
             tested.append(found.apply(final))
     metrics = [get_metric(name) for name in METRICS]
     values = {metric.name: tuple(metric.value(outcomes) for outcomes in tested) for metric in metrics}
-    return Entry(title, method, tuple(temperatures), values)
+    return Entry(title, method, tuple(temperatures), values, sampled)
+
+
+def _sampled(board: Board, row: Row, method: str) -> dict[str, Cell]:
+    """Diversities of a model as it is, or of the alternative with this method."""
+    same = (one for one in board.alternatives if one.label == f"{row.label} + {method}")
+    shown = row if method == "vanilla" else next(same, None)
+    cells = {} if shown is None else shown.report
+    return {name: cell for name, cell in cells.items() if name in DIVERSITY_NAMES}
 
 
 def _halves(n: int, seed: int) -> tuple[Any, Any]:
@@ -174,6 +200,10 @@ def _spread(values: Sequence[float], digits: int) -> str:
     if max(values) == min(values):
         return mean
     return f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def _interval(cell: Cell | None) -> str:
+    return "-" if cell is None else f"{cell.value:.3f} [{cell.low:.3f}, {cell.high:.3f}]"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

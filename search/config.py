@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from objectives.metrics import get_metric
+from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
+from objectives.metrics import find_metric
 from search.errors import ConfigError
 from search.strict_yaml import load_yaml
 
@@ -20,7 +21,9 @@ PYMOO_ALGORITHMS = ("nsga2", "nsga3", "unsga3", "sms-emoa", "spea2", "ctaea")
 
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
-_NOT_IDENTITY = re.compile(r"^(trials|parents\.(pre|post)|tasks\.\d+\.path)$")
+_NOT_IDENTITY = re.compile(
+    r"^(trials|parents\.(pre|post)|tasks\.\d+\.path|diversity\.(prompts|equivalence))$"
+)
 
 
 class _Section(BaseModel):
@@ -106,6 +109,32 @@ class SplitConfig(_Section):
     report: Literal["front", "all"] = "front"
 
 
+class DiversityConfig(_Section):
+    """Answers that are sampled in every trial, and how they are drawn.
+
+    `prompts` is a file of JSON lines with `prompt`; the search and the report split share none. `equivalence` is a
+    local model that says which answers mean the same: with a `threshold` by the cosine of its embeddings, without one
+    by entailment both ways.
+    """
+
+    prompts: str = Field(min_length=1)
+    limit: int | None = Field(default=None, ge=2)
+    chat_template: bool = False
+    samples: int = Field(default=8, ge=2, le=256)
+    max_new_tokens: int = Field(default=32, ge=1, le=8192)
+    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    equivalence: str | None = None
+    threshold: float | None = Field(default=None, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _threshold_has_a_model(self) -> DiversityConfig:
+        if self.threshold is not None and self.equivalence is None:
+            raise ValueError("threshold: has no model to go with; give equivalence, or remove it")
+        return self
+
+
 class SamplerConfig(_Section):
     """What proposes the next recipe. `population` is for genetic algorithms, `startup` (random trials before the
     model takes over) for tpe and gp, `points` (per group) for grid."""
@@ -153,6 +182,7 @@ class StudyConfig(_Section):
     tasks: Annotated[list[TaskConfig], Field(min_length=1, max_length=64)]
     split: SplitConfig = SplitConfig()
     objectives: Annotated[list[str], Field(min_length=1, max_length=8)] = ["accuracy", "ece"]
+    diversity: DiversityConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
     trials: int = Field(default=64, ge=0, le=1_000_000)
     batch_tokens: int | None = Field(default=None, ge=1, le=2**24)
@@ -163,12 +193,27 @@ class StudyConfig(_Section):
         for name in value:
             metric, _, _ = name.partition("@")  # the task of METRIC@TASK is checked once the tasks are read
             try:
-                get_metric(metric)
+                find_metric(metric)
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         if len(set(value)) != len(value):
             raise ValueError("found one twice; name each once")
         return value
+
+    @model_validator(mode="after")
+    def _sampled_answers_have_prompts(self) -> StudyConfig:
+        for name in self.objectives:
+            if name not in DIVERSITY_NAMES:
+                continue
+            if self.diversity is None:
+                raise ValueError(
+                    f"objectives: {name} needs sampled answers; add a section diversity with prompts"
+                )
+            if get_diversity_metric(name).needs_model and self.diversity.equivalence is None:
+                raise ValueError(
+                    f"objectives: {name} needs a model that compares answers; add diversity.equivalence"
+                )
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """The frozen form that is stored in the study: plain JSON, the key order of this file."""
@@ -268,7 +313,13 @@ def _resolve_paths(config: StudyConfig, folder: Path) -> StudyConfig:
         task if task.path is None else task.model_copy(update={"path": resolve(task.path)})
         for task in config.tasks
     ]
-    return config.model_copy(update={"parents": parents, "tasks": tasks})
+    update: dict[str, Any] = {"parents": parents, "tasks": tasks}
+    if (sampled := config.diversity) is not None:
+        places = {"prompts": resolve(sampled.prompts)}
+        if sampled.equivalence is not None:
+            places["equivalence"] = resolve(sampled.equivalence)
+        update["diversity"] = sampled.model_copy(update=places)
+    return config.model_copy(update=update)
 
 
 def _explain(error: ValidationError) -> str:
@@ -294,7 +345,7 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
     for part in path:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation if part in model.model_fields else None
-            model = TaskConfig if part == "tasks" else annotation
+            model = {"tasks": TaskConfig, "diversity": DiversityConfig}.get(part, annotation)
     fields = getattr(model, "model_fields", {})
     return [field.alias or name for name, field in fields.items()]
 

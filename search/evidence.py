@@ -6,16 +6,19 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from objectives.diversity import Diversity
 from objectives.evaluator import Evaluation
 from objectives.evidence_file import checked_array, read_evidence, write_evidence
-from objectives.generation import Generations
 from objectives.outcomes import Floats
 from search.database import sqlite_path
 from search.errors import DiskError, StorageError
+
+if TYPE_CHECKING:
+    from objectives.generation import Generations
 
 LAYERS = "mergefront-layers-1"
 

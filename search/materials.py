@@ -11,11 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from objectives.diversity import Diversity, DiversityMetric, measure_diversity
+from objectives.equivalence import EmbeddingEquivalence, EntailmentEquivalence, Equivalence
 from objectives.evaluator import Evaluation, Evaluator
-from objectives.metrics import Metric, get_metric
+from objectives.generation import AnswerSampler, Decoding
+from objectives.metrics import Metric, find_metric
+from objectives.prompts import PromptSet, load_prompts
 from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
 from search.config import StudyConfig
+from search.merging.checkpoint import Checkpoint
 from search.merging.live import LiveModel
 from search.merging.parents import Parents
 from search.merging.placement import choose_device
@@ -33,8 +38,9 @@ class Materials:
     tokenizer: Any
     questions: QuestionSet
     space: CoefficientSpace
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Metric | DiversityMetric, ...]
     device: str
+    prompts: PromptSet | None = None
 
     @classmethod
     def open(cls, config: StudyConfig, device: str = "auto") -> Materials:
@@ -47,14 +53,18 @@ class Materials:
         parents = Parents.open(config.parents.pre, config.parents.post)
         tokenizer = parents.tokenizer()
         questions = load_questions(config.tasks, config.split, tokenizer)
+        prompts = None
+        if (sampled := config.diversity) is not None:
+            prompts = load_prompts(sampled.prompts, sampled.limit, config.split.search, config.split.seed)
         return cls(
             config=config,
             parents=parents,
             tokenizer=tokenizer,
             questions=questions,
             space=CoefficientSpace.build(parents.names, config.space, config.merge.method),
-            metrics=tuple(get_metric(name, tasks=questions.task_names) for name in config.objectives),
+            metrics=tuple(find_metric(name, tasks=questions.task_names) for name in config.objectives),
             device=choose_device(device),
+            prompts=prompts,
         )
 
     @property
@@ -65,11 +75,17 @@ class Materials:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Digests of what must not change during a study."""
-        return {
+        found = {
             "parents": self.parents.digest,
             "questions": self.questions.digest,
             "groups": groups_digest(self.space),
         }
+        if self.prompts is not None and self.config.diversity is not None:
+            judge = self.config.diversity.equivalence
+            found["prompts"] = self.prompts.digest
+            if judge is not None:
+                found["equivalence"] = Checkpoint.open(Path(judge)).sha256()
+        return found
 
     def provenance(self) -> dict[str, dict[str, str | None]]:
         """Where each parent came from, what exactly it is, and under which licence its own card puts it."""
@@ -106,6 +122,34 @@ class Materials:
     def evaluate(self, split: Split, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Scores the live model on one split."""
         return self.evaluator(split).evaluate(progress)
+
+    def diversify(self, split: Split, tempering: float = 1.0) -> Diversity | None:
+        """Samples answers of the live model to one split's prompts and measures them; None without such a section.
+
+        Args:
+            tempering: a calibrator's temperature, by which the logits are divided on top of the section's own.
+        """
+        config = self.config.diversity
+        if config is None or self.prompts is None:
+            return None
+        decoding = Decoding(
+            config.samples, config.temperature * tempering, config.top_p, config.max_new_tokens, config.seed
+        )
+        prompts = self.prompts.of(split)
+        sampler = AnswerSampler(
+            self.live.model, self.tokenizer, prompts, decoding, chat_template=config.chat_template
+        )
+        return measure_diversity(sampler.generate(), self.tokenizer, prompts, self._equivalence)
+
+    @cached_property
+    def _equivalence(self) -> Equivalence | None:
+        config = self.config.diversity
+        if config is None or config.equivalence is None:
+            return None
+        device = "cpu" if self.device == "cpu" else "cuda"
+        if config.threshold is None:
+            return EntailmentEquivalence(config.equivalence, device=device)
+        return EmbeddingEquivalence(config.equivalence, threshold=config.threshold, device=device)
 
 
 def groups_digest(space: CoefficientSpace) -> str:

@@ -113,9 +113,9 @@ def _temperature(board: Board) -> list[Remark]:
     searched = [row for row in board.front if row.kind == "search" and row.report]
     if not rivals or not searched:
         return []
-    names = [name for name, _ in board.objectives]
     said = []
     for rival in rivals:
+        names = [name for name, _ in board.objectives if name in rival.report]
         scores = ", ".join(f"{name} {rival.report[name].value:.3f}" for name in names)
         wins = ", ".join(
             f"{sum(beats(row, board, rival.label, name) for row in searched)} in {name}" for name in names

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from objectives.diversity import Diversity
 from objectives.evaluator import Evaluation
+from objectives.metrics import Metric
 from search import __version__
 from search.config import StudyConfig, apply_overrides, differences, parse_study
 from search.database import shown
@@ -174,6 +176,8 @@ def _facts(materials: Materials) -> dict[str, Any]:
         "groups": [[group.name, len(group.tensors)] for group in materials.space.groups],
         "tasks": list(materials.questions.task_names),
         "questions": {"search": len(materials.questions.search), "report": len(materials.questions.report)},
+        "prompts": materials.prompts
+        and {"search": len(materials.prompts.search), "report": len(materials.prompts.report)},
         "parameters": materials.parents.parameters,
         "notes": materials.notes,
         "parents": materials.provenance(),
@@ -330,21 +334,30 @@ def _known(store: StudyStore, trial: TrialRecord) -> tuple[list[float], dict[str
     twin = store.scored(trial.attributes["recipe"])
     if twin is None or twin.values is None:
         return None
-    return list(twin.values), {"evidence": twin.attributes["evidence"], "same_as": twin.number}
+    copied = {key: twin.attributes[key] for key in ("evidence", "diversity") if key in twin.attributes}
+    return list(twin.values), {**copied, "same_as": twin.number}
 
 
 def _measured(worker: _Worker, trial: TrialRecord) -> tuple[list[float], dict[str, Any]]:
-    evaluation = _evaluated(worker, trial, "search")
-    metrics = worker.materials.metrics
-    values = [float(metric.value(evaluation.outcomes)) for metric in metrics]
-    for metric, value in zip(metrics, values, strict=True):
+    evaluation, diversity = _evaluated(worker, trial, "search")
+    values = []
+    for metric in worker.materials.metrics:
+        if isinstance(metric, Metric):
+            value = float(metric.value(evaluation.outcomes))
+        else:
+            assert diversity is not None, "the study file was refused otherwise"
+            value = float(metric.value(diversity))
         if not math.isfinite(value):
             raise EvaluationError(f"{metric.name}: found {value}, wanted a finite number.")
+        values.append(value)
     with worker.watch.measuring("store"):
-        return values, {"evidence": worker.evidence.save(evaluation)}
+        attributes = {"evidence": worker.evidence.save(evaluation)}
+        if diversity is not None:
+            attributes["diversity"] = worker.evidence.save(diversity)
+        return values, attributes
 
 
-def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> Evaluation:
+def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Evaluation, Diversity | None]:
     materials, observer, watch = worker.materials, worker.observer, worker.watch
     if (tokens := size_batches(worker.store, materials)) is not None:
         observer.batches(tokens)
@@ -354,8 +367,9 @@ def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> Evaluation:
     observer.step("merged", trial)
     with watch.measuring("score"):
         evaluation = materials.evaluate(split, observer.evaluating)
+        diversity = materials.diversify(split)
     observer.step("evaluated", trial)
-    return evaluation
+    return evaluation, diversity
 
 
 def size_batches(store: StudyStore, materials: Materials) -> int | None:
@@ -404,7 +418,10 @@ def _score_report_split(worker: _Worker) -> None:
         and f"report:{record.number}" not in known
     ]
     by_recipe = {
-        record.attributes["recipe"]: known[f"report:{record.number}"]
+        record.attributes["recipe"]: (
+            known[f"report:{record.number}"],
+            known.get(f"diversity:{record.number}"),
+        )
         for record in done
         if f"report:{record.number}" in known
     }
@@ -412,8 +429,13 @@ def _score_report_split(worker: _Worker) -> None:
         worker.observer.reporting(index, len(due))
         key = record.attributes["recipe"]
         if key not in by_recipe:
-            by_recipe[key] = worker.evidence.save(_evaluated(worker, record, "report"))
-        store.set_attribute(f"report:{record.number}", by_recipe[key])
+            evaluation, diversity = _evaluated(worker, record, "report")
+            sampled = None if diversity is None else worker.evidence.save(diversity)
+            by_recipe[key] = (worker.evidence.save(evaluation), sampled)
+        answered, sampled = by_recipe[key]
+        if sampled is not None:
+            store.set_attribute(f"diversity:{record.number}", sampled)
+        store.set_attribute(f"report:{record.number}", answered)  # last: its presence says that all is there
     worker.observer.reporting(len(due), len(due))
 
 

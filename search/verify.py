@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from objectives.diversity import DIVERSITY_NAMES
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.metrics import get_metric
 from objectives.scoring import Scorer
@@ -169,6 +170,8 @@ class ExportedStudy:
     def _metrics(self, measured: Evaluation, stored: Evaluation) -> Iterator[str]:
         tasks = self.store.attribute("facts")["tasks"]
         for name, _ in self.store.attribute("objectives"):
+            if name in DIVERSITY_NAMES:
+                continue  # answers are not sampled again: the log-likelihoods prove the weights
             metric = get_metric(str(name), tasks=tasks)
             now, then = metric.value(measured.outcomes), metric.value(stored.outcomes)
             yield f"{name} {now:.4f} {'= stored' if f'{now:.4f}' == f'{then:.4f}' else f'(stored {then:.4f})'}"

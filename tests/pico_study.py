@@ -25,6 +25,14 @@ def write_questions(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
+def write_prompts(path: Path, count: int = 10) -> Path:
+    """Prompts that differ; nobody knows an answer."""
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{index}: {WORDS[index % 10]}"}) + "\n" for index in range(count))
+    )
+    return path
+
+
 def write_study(
     folder: Path, *, arch: str = "llama", parents: dict[str, Any] | None = None, **keys: Any
 ) -> Path:

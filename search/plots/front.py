@@ -142,7 +142,7 @@ class _Panel:
         self.axes.plot(*dominated.T, "o", color=FAINT, ms=2.6, mew=0, zorder=2, rasterized=many)
         self._stairs(front)
         self._uniform_line(line)
-        tempered = [row for row in self.board.alternatives if row.on(self.split)]
+        tempered = [row for row in self.board.alternatives if {*self.names} <= row.on(self.split).keys()]
         self.axes.plot(*self._points(tempered).T, "^", color="white", ms=4.4, mec=POST, mew=0.9, zorder=7)
         for row in front:
             if row.kind not in PARENTS:
@@ -228,7 +228,7 @@ def _limits(board: Board, name: str) -> tuple[float, float]:
     cells = [(row, row.on(split)[name]) for row in board.rows for split in SPLITS if row.on(split)]
     core = [board.reference[name]]
     core += [x for row, cell in cells if row.front or row.kind != "search" for x in (cell.low, cell.high)]
-    core += [row.on(split)[name].value for row in board.alternatives for split in SPLITS if row.on(split)]
+    core += [row.on(s)[name].value for row in board.alternatives for s in SPLITS if name in row.on(s)]
     low, high = min(core), max(core)
     span = high - low
     if span <= 0:

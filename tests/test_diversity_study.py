@@ -1,0 +1,131 @@
+"""Sampled answers as a third objective: in a study, on its board, in the report, with a calibrator, over a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from objectives.diversity import get_diversity_metric
+from objectives.prompts import load_prompts
+from search.board import read_board
+from search.config import load_study_file
+from search.errors import ConfigError
+from search.evidence import EvidenceFolder
+from search.report import write_report
+from search.storage import StudyStore
+from search.study import create, reopen, run, set_budget
+from tests.conftest import Cli
+from tests.pico_study import write_prompts, write_study
+
+SAMPLED: dict[str, Any] = {"prompts": "./prompts.jsonl", "samples": 3, "max_new_tokens": 6}
+
+
+def diverse_study(folder: Path, **keys: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts(folder / "prompts.jsonl")
+    wanted = {"objectives": ["accuracy", "ece", "distinct-2"], "diversity": SAMPLED, "trials": 3, **keys}
+    return write_study(folder, **wanted)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("diverse")
+    path = diverse_study(folder)
+    url = f"sqlite:///{folder / 'study.db'}"
+    run(*create(load_study_file(path), url, "cpu"))
+    return path, url
+
+
+def test_every_trial_has_its_diversity(study: tuple[Path, str], tmp_path: Path) -> None:
+    store = StudyStore.open(study[1], "pico")
+    assert store.attribute("facts")["prompts"] == {"search": 5, "report": 5}
+    evidence = EvidenceFolder(store.url, "pico")
+    metric = get_diversity_metric("distinct-2")
+    for record in store.trials():
+        assert record.values is not None
+        assert record.values[2] == metric.value(evidence.load_diversity(record.attributes["diversity"]))
+    board = read_board(store)
+    assert dict(board.objectives)["distinct-2"] is True
+    post = board.of_kind("post")[0]
+    assert {"distinct-1", "distinct-2", "self-bleu"} <= set(post.report)
+    assert post.report["distinct-2"].low <= post.report["distinct-2"].value <= post.report["distinct-2"].high
+    for row in board.front:
+        if row.kind == "search":
+            assert "distinct-2" in row.against["post"]
+    assert write_report(store, tmp_path / "report")
+
+
+def test_interrupted_or_not_the_answers_are_the_same(study: tuple[Path, str], tmp_path: Path) -> None:
+    path = diverse_study(tmp_path / "again", trials=1)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    run(*create(load_study_file(path), url, "cpu"))
+    store, materials = reopen(url, "pico", "cpu")
+    set_budget(store, 3)
+    run(store, materials)
+    wanted = StudyStore.open(study[1], "pico").trials()
+    assert [r.values for r in store.trials()] == [r.values for r in wanted]
+
+
+def test_a_temperature_changes_diversity(study: tuple[Path, str], cli: Cli) -> None:
+    store = StudyStore.open(study[1], "pico")
+    code, out, err = cli(
+        "calibrate", "pico", "--storage", store.url, "--method", "temperature", "--select", "post"
+    )
+    assert code == 0, err
+    assert "distinct-2 up" in out
+    assert "self-bleu down" in out
+    board = read_board(StudyStore.open(study[1], "pico"))
+    post = board.of_kind("post")[0]
+    tempered = next(row for row in board.alternatives if row.label == "post + temperature")
+    assert tempered.temperature != 1.0
+    assert store.attribute("diversity:1:temperature:report") != store.attribute("diversity:1")
+    assert {"distinct-1", "distinct-2", "self-bleu"} <= set(tempered.report)
+    assert tempered.report["accuracy"] == post.report["accuracy"]
+
+
+def test_an_export_of_it_verifies(study: tuple[Path, str], tmp_path: Path, cli: Cli) -> None:
+    code, out, err = cli("export", "pico", "--storage", study[1], "--weights", "--out", tmp_path / "out")
+    assert code == 0, err
+    code, out, err = cli("verify", tmp_path / "out")
+    assert code == 0, err
+    assert "= stored" in out
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"diversity": None}, "distinct-2 needs sampled answers"),
+        ({"objectives": ["accuracy", "semantic-entropy"]}, "needs a model that compares answers"),
+        ({"objectives": ["accuracy", "distinct-3"]}, "Did you mean 'distinct-"),
+        ({"diversity": {**SAMPLED, "samples": 1}}, "samples"),
+        ({"diversity": {**SAMPLED, "threshold": 0.9}}, "threshold: has no model"),
+        ({"diversity": {**SAMPLED, "promts": "x"}}, "Did you mean 'prompts'?"),
+        ({"diversity": {**SAMPLED, "prompts": "./none.jsonl"}}, "none.jsonl: cannot be read"),
+        ({"diversity": {**SAMPLED, "max_new_tokens": 8000}}, "8000 new ones"),
+    ],
+)
+def test_one_line_says_what_is_wrong(keys: dict[str, Any], message: str, tmp_path: Path, cli: Cli) -> None:
+    code, _, err = cli("launch", diverse_study(tmp_path / "study", **keys))
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_prompts_are_split_without_repeats(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "p.jsonl", 10)
+    path.write_text(path.read_text() * 2)
+    found = load_prompts(str(path), 8, 0.25, 0)
+    assert (len(found.search), len(found.report)) == (2, 6)
+    assert not set(found.search) & set(found.report)
+    assert load_prompts(str(path), 8, 0.25, 0) == found
+    assert load_prompts(str(path), 8, 0.25, 1) != found
+    for text, message in (
+        ("{", "line 1: is no JSON"),
+        ('{"a": 1}', "no text at 'prompt'"),
+        ('{"prompt": "a"}', "empty"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_prompts(str(path), None, 0.5, 0)
