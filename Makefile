@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
 	@echo "make test        lint, types and the fast tests"
-	@echo "make test-all    the slow tests, too"
+	@echo "make test-all    the slow tests, too (about 30 minutes)"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on that pair (about 40 minutes)"
 
@@ -33,13 +33,16 @@ $(VENV)/.prepare: $(VENV)/.product
 quickstart: $(VENV)/.product
 	$(BIN)/python studies/quickstart/prepare.py
 	$(BIN)/mergefront launch studies/quickstart/study.yaml
+	$(BIN)/mergefront calibrate quickstart --method naive --method daca --method dual-align --select post --select knee
 	$(BIN)/mergefront report quickstart --out runs/quickstart/report
 	$(BIN)/mergefront export quickstart --select knee --weights --overwrite --out runs/quickstart/export
+	for folder in runs/quickstart/export/trial-*; do $(BIN)/mergefront calibrate $$folder --method dual-align || exit 1; done
 	$(BIN)/mergefront verify runs/quickstart/export
 
 smollm2: $(VENV)/.prepare
 	$(BIN)/python studies/smollm2-135m/prepare.py
-	$(BIN)/mergefront launch studies/smollm2-135m/study.yaml
+	$(BIN)/mergefront launch studies/smollm2-135m/study.yaml --profile
+	$(BIN)/mergefront calibrate smollm2-135m --method naive --method daca --method dual-align --select post --select knee
 	$(BIN)/mergefront report smollm2-135m --out runs/smollm2-135m/report
 	$(BIN)/mergefront export smollm2-135m --all --overwrite --out runs/smollm2-135m/export
 

@@ -295,7 +295,7 @@ def calibrate(
         if (Path(target) / "config.json").is_file() or (Path(target) / "manifest.json").is_file():
             _calibrate_folder(Path(target), methods, reference, study, storage, overrides, device)
         else:
-            _calibrate_study(target, methods, select, storage, overrides, device, markdown)
+            _calibrate_study(target, method, select, storage, overrides, device, markdown)
 
 
 def _calibrate_folder(
@@ -329,14 +329,14 @@ def _calibrate_folder(
 
 def _calibrate_study(
     name: str,
-    methods: list[str],
+    method: list[str],
     select: list[str],
     storage: str | None,
     overrides: list[str],
     device: str,
     markdown: bool,
 ) -> None:
-    from search.alternatives import Scores
+    from search.alternatives import CAPE, Scores, chosen_methods
     from search.board import read_board
     from search.calibrate import calibrate_study
     from search.calibration_table import calibration_table
@@ -344,7 +344,13 @@ def _calibrate_study(
     from search.picks import pick
     from search.study import reopen
 
+    methods = chosen_methods(method)
     store, materials = reopen(_url(storage, _study_name(name)), _study_name(name), device, overrides)
+    if "all" in method and any(task.format != "letter" for task in materials.config.tasks):
+        methods.remove(CAPE)
+        logging.getLogger("mergefront").info(
+            "cape is left out: it needs prompts that list their options (letter)"
+        )
     board = read_board(store)
     named = {kind: board.of_kind(kind)[0] for kind in ("pre", "post")}
     rows = [named[one] if one in named else pick(board, one) for one in select or ["post", "knee"]]

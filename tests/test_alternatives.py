@@ -123,6 +123,11 @@ def test_cape_needs_listed_options(tmp_path: Path, cli: Cli) -> None:
     assert code == 2
     assert "does not list its 4 options by letter" in err
     assert not [key for key in StudyStore.open(url, "pico").attributes() if key.startswith(("cape", "calib"))]
+    code, out, err = cli("calibrate", "pico", "--storage", url, "--method", "all")
+    assert code == 0, err
+    assert "cape is left out" in err
+    assert "post + dual-align" in out
+    assert "cape" not in out
 
 
 def test_probabilities_become_an_evaluation(study: tuple[Path, str]) -> None:
