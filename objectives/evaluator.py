@@ -163,19 +163,31 @@ class Evaluator:
 
         # Rounded first, so that outcomes computed now and outcomes computed from the file are the same numbers.
         score = scores.total.astype(np.float32)
-        divisor = np.ones_like(score)
-        for i, question in enumerate(self.questions):
-            n = len(question.options)
-            if question.normalizer is not None:
-                divisor[i, :n] = question.normalizer
-            elif self._tasks[question.task].normalize == "tokens":
-                divisor[i, :n] = scores.tokens[i, :n]
+        divisor = divisors(self.questions, scores.tokens, self._tasks)
         options = np.array([len(question.options) for question in self.questions], dtype=np.int64)
         gold = np.array([question.gold for question in self.questions], dtype=np.int64)
         task = np.array([question.task for question in self.questions], dtype=np.int64)
         outcomes = _outcomes(score, divisor, options, gold, task)
         mass = scores.mass.astype(np.float32)
         return Evaluation(outcomes, score, divisor, mass, scores.fed, self.digest, seconds)
+
+
+def divisors(
+    questions: Sequence[Question], tokens: npt.NDArray[np.int64], tasks: Sequence[TaskConfig]
+) -> npt.NDArray[np.float32]:
+    """What `normalize` divides log-likelihoods by: see `Evaluation.divisor`.
+
+    Args:
+        tokens: `(n, k)`, tokens of each option.
+    """
+    divisor = np.ones(tokens.shape, dtype=np.float32)
+    for i, question in enumerate(questions):
+        n = len(question.options)
+        if question.normalizer is not None:
+            divisor[i, :n] = question.normalizer
+        elif tasks[question.task].normalize == "tokens":
+            divisor[i, :n] = tokens[i, :n]
+    return divisor
 
 
 def questions_digest(questions: Sequence[Question], tasks: Sequence[TaskConfig]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from sys import intern
 from typing import Any, Literal
@@ -95,12 +95,13 @@ class TrialTables:
 
 
 def _read(connection: Connection, ids: Sequence[int]) -> Iterator[tuple[int, TrialRecord]]:
-    def rows(source: TableClause, *names: str, order: str = "trial_id") -> Sequence[Any]:
+    def rows(source: TableClause, *names: str, order: str = "trial_id") -> Iterable[Any]:
         chosen = select(source.c.trial_id, *(source.c[name] for name in names))
-        return connection.execute(chosen.where(source.c.trial_id.in_(ids)).order_by(source.c[order])).all()
+        return connection.execute(chosen.where(source.c.trial_id.in_(ids)).order_by(source.c[order]))
 
     # The state first: what belongs to a finished trial was there before.
-    trials = rows(_TRIALS, "number", "state", "datetime_start", "datetime_complete")
+    trials = list(rows(_TRIALS, "number", "state", "datetime_start", "datetime_complete"))
+    # Row by row: hundreds of thousands at once would keep the garbage collector busy longer than the reading takes.
     coefficients: dict[int, dict[str, float]] = defaultdict(dict)
     for trial_id, name, value in rows(_PARAMS, "param_name", "param_value", order="param_id"):
         coefficients[trial_id][intern(name)] = value
@@ -125,7 +126,7 @@ def _read(connection: Connection, ids: Sequence[int]) -> Iterator[tuple[int, Tri
         yield trial_id, record
 
 
-def _by_trial(rows: Sequence[Any]) -> dict[int, dict[str, Any]]:
+def _by_trial(rows: Iterable[Any]) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = defaultdict(dict)
     for trial_id, key, value in rows:
         found[trial_id][intern(key)] = json.loads(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,24 +64,27 @@ def test_a_trial_reads_and_writes_the_same_in_a_small_and_in_a_large_study(
     assert read_few == read_many <= 4 * 6, "a running trial is read at each look, a finished one once"
 
 
+# Below, processor time is compared: what other processes do at the same time changes wall time by more than the slack.
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("coefficients", [14, 64])
 def test_proposing_and_storing_are_less_than_two_percent_of_a_real_trial(
     overhead: ModuleType, coefficients: int
 ) -> None:
-    found = overhead.measure_trials("optuna:tpe", coefficients, 75, window=50)
+    found = overhead.measure_trials("optuna:tpe", coefficients, 75, window=50, clock=time.process_time)
     assert found["seconds"] < 0.02 * overhead.REAL_TRIAL, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["optuna:nsga2", "pymoo:nsga2"])
 def test_the_last_of_2000_trials_costs_at_most_twice_the_200th(overhead: ModuleType, engine: str) -> None:
-    found = overhead.measure_trials(engine, 64, 2000)
+    found = overhead.measure_trials(engine, 64, 2000, clock=time.process_time)
     assert found["growth"] <= 2, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["optuna:nsga2", "optuna:tpe", "pymoo:nsga2"])
 def test_a_study_of_10000_trials_goes_on_within_ten_seconds(overhead: ModuleType, engine: str) -> None:
-    found = overhead.measure_reopening(engine, 64, 10_000)
+    found = overhead.measure_reopening(engine, 64, 10_000, clock=time.process_time)
     assert found["total"] < 10, found

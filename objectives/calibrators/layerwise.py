@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from objectives.calibrators.logits import LayerwiseLogits, OptionLogits, vocabulary_digest
 from objectives.calibrators.tempering import tempered
 from objectives.encoding import EncodedQuestion
-from objectives.evaluator import questions_digest
+from objectives.evaluator import divisors, questions_digest
 from objectives.outcomes import Booleans, Floats, Integers
 from objectives.packed import HEAD_VALUES, PackedModel
 from objectives.scoring import Progress, Scorer
@@ -61,7 +61,12 @@ class LayerwiseScorer(Scorer):
         self._check()
         tap = _Tap(self.model)
         options = np.array([len(question.options) for question in questions], dtype=np.int64)
-        divisor = _divisor(questions, encoded, tasks)
+        tokens = np.zeros((len(encoded), max((len(q.starts) for q in encoded), default=1)), dtype=np.int64)
+        for i, one in enumerate(encoded):
+            tokens[i, : len(one.starts)] = [
+                len(s) - at for s, at in zip(one.sequences, one.starts, strict=True)
+            ]
+        divisor = divisors(questions, tokens, tasks).astype(np.float64)
         n, k = divisor.shape
         cancels = np.array([_cancels(q, d) for q, d in zip(encoded, divisor, strict=True)], dtype=np.bool_)
 
@@ -238,20 +243,6 @@ def _read_plain(tap: _Tap, model: Any, number: int, encoded: EncodedQuestion, ca
         parts.append((np.full(len(wanted), option), final, layers))
     options, finals, all_layers = (np.concatenate(column) for column in zip(*parts, strict=True))
     return _Reads(np.full(len(options), number), options, finals, all_layers)
-
-
-def _divisor(
-    questions: Sequence[Question], encoded: Sequence[EncodedQuestion], tasks: Sequence[TaskConfig]
-) -> Floats:
-    """`(n, k)` float64: what `normalize` divides by, as `Evaluation.divisor`; 1 after the last option."""
-    divisor = np.ones((len(questions), max((len(q.options) for q in questions), default=1)), dtype=np.float32)
-    for i, (question, tokens) in enumerate(zip(questions, encoded, strict=True)):
-        n = len(question.options)
-        if question.normalizer is not None:
-            divisor[i, :n] = question.normalizer
-        elif tasks[question.task].normalize == "tokens":
-            divisor[i, :n] = [len(s) - at for s, at in zip(tokens.sequences, tokens.starts, strict=True)]
-    return divisor.astype(np.float64)
 
 
 def _cancels(encoded: EncodedQuestion, divisor: Floats) -> bool:

@@ -4,7 +4,8 @@
     python studies/bench/overhead.py --trials 400 --stored 1000     # a quick look
 
 `study.run` itself runs, on a real SQLite file with real evidence files, but merging and scoring are two sums over the
-coefficients: nearly all of a trial's time is overhead. Wall times of one process, in seconds; files are in the cache.
+coefficients: nearly all of a trial's time is overhead. All times are seconds of one process, wall time unless another
+`clock` is given; files are in the system's cache.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from search.space import CoefficientSpace, Group, Recipe
 from search.storage import StudyStore, TrialRecord
 from search.study import BASELINES, run
 from search.worker import this_worker
+
+Clock = Callable[[], float]
 
 ENGINES = ("optuna:nsga2", "pymoo:nsga2")
 REAL_TRIAL = 12.0  # seconds that one trial of studies/smollm2-135m takes on two cores
@@ -104,24 +107,27 @@ def _url(folder: Path) -> str:
 class _Stopwatch(Observer):
     """Seconds of every trial, from the end of the one before, and when a step was first reached."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.seconds: list[float] = []
         self.first: dict[str, float] = {}
+        self._clock = clock
         self._last = 0.0
 
     def started(self, trials: Sequence[TrialRecord], total: int) -> None:
-        self._last = self.first["started"] = time.perf_counter()
+        self._last = self.first["started"] = self._clock()
 
     def step(self, step: Step, trial: TrialRecord) -> None:
-        self.first.setdefault(step, time.perf_counter())
+        self.first.setdefault(step, self._clock())
 
     def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         self.seconds.append(now - self._last)
         self._last = now
 
 
-def measure_trials(engine: str, coefficients: int, trials: int, window: int = 100) -> dict[str, float]:
+def measure_trials(
+    engine: str, coefficients: int, trials: int, window: int = 100, clock: Clock = time.perf_counter
+) -> dict[str, float]:
     """Runs a free study to its end.
 
     Returns:
@@ -129,7 +135,7 @@ def measure_trials(engine: str, coefficients: int, trials: int, window: int = 10
         its tenth part); `growth`: their ratio; `slowest`: of the last `window`; `total`: of the whole study.
     """
     with tempfile.TemporaryDirectory() as folder:
-        watch = _Stopwatch()
+        watch = _Stopwatch(clock)
         run(*free_study(Path(folder), engine, coefficients, trials), watch, report=False)
     at = min(EARLY, trials // 10)
     early = statistics.median(watch.seconds[max(at - window // 2, 0) : at + window // 2])
@@ -146,7 +152,9 @@ def measure_trials(engine: str, coefficients: int, trials: int, window: int = 10
 # -- opening a large study --------------------------------------------------------------------------------------
 
 
-def measure_reopening(engine: str, coefficients: int, trials: int) -> dict[str, float]:
+def measure_reopening(
+    engine: str, coefficients: int, trials: int, clock: Clock = time.perf_counter
+) -> dict[str, float]:
     """Opens a study of many finished trials and goes on with it.
 
     Returns:
@@ -158,10 +166,10 @@ def measure_reopening(engine: str, coefficients: int, trials: int) -> dict[str, 
         folder = Path(name)
         store, materials = free_study(folder, engine, coefficients, trials + 2)
         fill(folder / "study.db", materials, trials)
-        watch = _Stopwatch()
-        began = time.perf_counter()
+        watch = _Stopwatch(clock)
+        began = clock()
         store = StudyStore.open(_url(folder), store.name)
-        opened = time.perf_counter()
+        opened = clock()
         run(store, materials, watch, report=False)
         return {
             "open": opened - began,
