@@ -25,7 +25,7 @@ class PromptSet:
 
 
 def load_prompts(path: str, limit: int | None, share: float, seed: int) -> PromptSet:
-    """Reads JSON lines with `prompt`, drops repeats, and splits them in the order of a hash.
+    """Reads JSON lines with `prompt` (or `question`), drops repeats, and splits them in the order of a hash.
 
     Args:
         limit: at most so many prompts. share: of them that steer the search. seed: of the hash.
@@ -56,7 +56,7 @@ def _prompt(line: str, where: str) -> str:
         value = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where}: is no JSON ({error}). Correct or remove it.") from error
-    text = value.get("prompt") if isinstance(value, dict) else None
+    text = value.get("prompt", value.get("question")) if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{where}: has no text at 'prompt'. Correct or remove it.")
     return text

@@ -112,9 +112,9 @@ class SplitConfig(_Section):
 class DiversityConfig(_Section):
     """Answers that are sampled in every trial, and how they are drawn.
 
-    `prompts` is a file of JSON lines with `prompt`; the search and the report split share none. `equivalence` is a
-    local model that says which answers mean the same: with a `threshold` by the cosine of its embeddings, without one
-    by entailment both ways.
+    `prompts` is a file of JSON lines with `prompt` or `question`; search and report split share none. `equivalence` is
+    a local model that says which answers mean the same: with a `threshold` by the cosine of its embeddings, without
+    one by entailment both ways.
     """
 
     prompts: str = Field(min_length=1)
