@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ def _link_tree(source: Path, target: Path) -> None:
         for name in folders:
             (here / name).mkdir()
         for name in files:
-            os.link(Path(path) / name, here / name)
+            try:
+                os.link(Path(path) / name, here / name)
+            except OSError:  # a file system without links
+                shutil.copy2(Path(path) / name, here / name)
 
 
 def _replace(path: Path, text: str) -> None:
