@@ -17,7 +17,7 @@ from objectives.outcomes import Outcomes
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.materials import Split
-from search.storage import TrialRecord
+from search.storage import StudyStore, TrialRecord
 
 CAPE = "cape"
 CALIBRATORS = (*(name for name in METHODS if name != "vanilla"), CAPE)
@@ -74,6 +74,12 @@ class Scores:
         self._records = {record.number: record for record in records if record.state == "complete"}
         self._attributes = attributes
         self._known: dict[tuple[int, Split, bool], Logits] = {}
+
+    @classmethod
+    def of(cls, store: StudyStore) -> Scores:
+        """The scores of a study as it stands."""
+        done = [record for record in store.trials() if record.state == "complete"]
+        return cls(EvidenceFolder(store.url, store.name), done, store.attributes())
 
     def digest(self, trial: int, split: Split) -> str | None:
         """The evidence of a trial on a split; None if it was not scored there."""

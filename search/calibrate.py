@@ -18,25 +18,93 @@ from objectives.calibrators.logits import OptionLogits, vocabulary_digest
 from objectives.calibrators.methods import METHODS, Logits, fit
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.tasks import load_questions
-from search.alternatives import CAPE, SPLITS, Scores, calibrators_key, cape_key, diversity_key, layers_key
+from search.alternatives import (
+    CAPE,
+    SPLITS,
+    Scores,
+    calibrators_key,
+    cape_key,
+    chosen_methods,
+    diversity_key,
+    layers_key,
+)
 from search.board import Row, read_board
 from search.calibrated_model import write_temperature
-from search.config import StudyConfig
+from search.calibration_table import CalibrationTable, calibration_table
+from search.config import StudyConfig, load_study_file
 from search.errors import ConfigError, ExportError
 from search.evidence import EvidenceFolder
 from search.export import MODEL
-from search.manifest import read_manifest
+from search.manifest import MANIFEST, read_manifest
 from search.materials import Materials, Split
 from search.merging.layout import load_config
 from search.merging.loading import load_model
 from search.merging.placement import choose_device, place
 from search.merging.tokenizers import load_tokenizer
+from search.opening import check_identity, reopen
+from search.picks import pick
 from search.space import Recipe
 from search.storage import StudyStore
-from search.study import check_identity, size_batches
+from search.study import size_batches
 from search.verify import ExportedStudy
 
 logger = logging.getLogger("mergefront")
+
+
+def calibrate_board(
+    url: str,
+    name: str,
+    methods: Sequence[str],
+    selections: Sequence[str],
+    overrides: Sequence[str],
+    device: str,
+) -> CalibrationTable:
+    """`calibrate` of a study: measures what is missing, and returns its table.
+
+    Args:
+        methods: as the user named them; `all` leaves CAPE out where the questions do not list their options.
+        selections: `pre`, `post`, or as for export; none: `post` and the knee.
+    """
+    store, materials = reopen(url, name, device, overrides)
+    chosen = chosen_methods(methods)
+    if "all" in methods and any(task.format != "letter" for task in materials.config.tasks):
+        chosen.remove(CAPE)
+        logger.info("cape is left out: it needs prompts that list their options (format: letter)")
+    board = read_board(store)
+    named = {kind: board.of_kind(kind)[0] for kind in ("pre", "post")}
+    rows = [named[one] if one in named else pick(board, one) for one in selections or ("post", "knee")]
+    calibrate_study(store, materials, rows, chosen, named["pre"].trial)
+    return calibration_table(read_board(store), Scores.of(store), store.attributes())
+
+
+def calibrate_model(
+    folder: Path,
+    methods: Sequence[str],
+    reference: Path | None,
+    study: Path | None,
+    storage: str | None,
+    overrides: Sequence[str],
+    device: str,
+) -> FittedTemperature:
+    """`calibrate` of a folder: an export of a study, or any checkpoint with `study`, the file whose questions fit.
+
+    Raises:
+        ConfigError: several methods, or no study file for a checkpoint.
+    """
+    chosen = chosen_methods(methods)
+    if len(chosen) != 1:
+        raise ConfigError("--method: a model carries one temperature. Name one method.")
+    if (folder / MANIFEST).is_file():
+        fitted = calibrate_export(folder, chosen[0], storage, overrides, device)
+    elif study is None:
+        raise ConfigError(
+            "--study: wanted a study file with the questions to fit on, such as --study STUDY.yaml."
+        )
+    else:
+        fitted = calibrate_checkpoint(folder, reference, load_study_file(study, overrides), chosen[0], device)
+    if fitted.reason:
+        logger.warning("%s", fitted.reason)
+    return fitted
 
 
 def calibrate_study(
@@ -127,8 +195,7 @@ def calibrate_export(
         check_identity(store, materials.identity)
         rows = [row for row in read_board(store).rows if row.trial == number]
         calibrate_study(store, materials, rows, [method], pre)
-    scores = Scores(EvidenceFolder(store.url, store.name), records, store.attributes())
-    fitted = scores.fitted(method, number, pre)
+    fitted = Scores.of(store).fitted(method, number, pre)
     assert fitted is not None, "the scores were measured above"
     write_temperature(folder, MODEL, fitted, manifest)
     return fitted

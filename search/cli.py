@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,20 @@ import typer
 from search import __version__
 from search.errors import ConfigError, MergefrontError
 from search.interrupt import Interrupted, interruptible
+from search.options import (
+    AsWorker,
+    Device,
+    Format,
+    Grace,
+    Name,
+    Profile,
+    Set,
+    ShowConfig,
+    SplitName,
+    Storage,
+    Study,
+    Workers,
+)
 
 app = typer.Typer(
     name="mergefront",
@@ -29,47 +42,6 @@ app = typer.Typer(
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
-
-ADVANCED = "Advanced"
-Study = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name, or its study file.")]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        "--storage",
-        metavar="URL",
-        help="Optuna storage: sqlite:///PATH or postgresql+psycopg://...  [default: $MERGEFRONT_STORAGE, "
-        "$OPTUNA_STORAGE, or sqlite:///runs/NAME/study.db]",
-    ),
-]
-Set = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the study file; repeatable."),
-]
-Device = Annotated[
-    str, typer.Option(help="Where the model lives: auto, cpu, cuda, cuda:N, or spread over all GPUs.")
-]
-Workers = Annotated[int, typer.Option(min=1, max=256, help="Processes that share the study on this machine.")]
-Grace = Annotated[
-    float,
-    typer.Option(min=1, help="Seconds of silence before a remote worker is dead.", rich_help_panel=ADVANCED),
-]
-Profile = Annotated[bool, typer.Option("--profile", help="Print where the trials' time went.")]
-ShowConfig = Annotated[
-    bool, typer.Option("--show-config", help="Print the effective study file as JSON and stop.")
-]
-AsWorker = Annotated[bool, typer.Option("--as-worker", hidden=True)]
-
-
-class Format(StrEnum):
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
-class SplitName(StrEnum):
-    search = "search"
-    report = "report"
 
 
 def _version(wanted: bool) -> None:
@@ -125,7 +97,8 @@ def launch(
 ) -> None:
     """Creates the study, or continues it when it exists with the same config."""
     from search.config import load_study_file
-    from search.study import create, set_budget
+    from search.opening import create
+    from search.study import set_budget
 
     config = load_study_file(study, overrides)
     if show_config:
@@ -155,7 +128,8 @@ def resume(
     as_worker: AsWorker = False,
 ) -> None:
     """Continues a study from its storage alone. A finished one is left as it is."""
-    from search.study import reopen, set_budget
+    from search.opening import reopen
+    from search.study import set_budget
 
     with interruptible():
         store, materials = reopen(
@@ -289,75 +263,19 @@ def calibrate(
 ) -> None:
     """Fits confidence temperatures: on a study's board as alternatives, or into a model's generation_config.json."""
     from search.alternatives import chosen_methods
+    from search.calibrate import calibrate_board, calibrate_model
 
-    methods = chosen_methods(method)
+    folder = Path(target)
     with interruptible():
-        if (Path(target) / "config.json").is_file() or (Path(target) / "manifest.json").is_file():
-            _calibrate_folder(Path(target), methods, reference, study, storage, overrides, device)
-        else:
-            _calibrate_study(target, method, select, storage, overrides, device, markdown)
-
-
-def _calibrate_folder(
-    folder: Path,
-    methods: list[str],
-    reference: Path | None,
-    study: Path | None,
-    storage: str | None,
-    overrides: list[str],
-    device: str,
-) -> None:
-    from search.calibrate import calibrate_checkpoint, calibrate_export
-    from search.config import load_study_file
-
-    if len(methods) != 1:
-        raise ConfigError("--method: a model carries one temperature. Name one method.")
-    if (folder / "manifest.json").is_file():
-        fitted = calibrate_export(folder, methods[0], storage, overrides, device)
-    elif study is None:
-        raise ConfigError(
-            "--study: wanted a study file with the questions to fit on, such as --study STUDY.yaml."
-        )
-    else:
-        fitted = calibrate_checkpoint(
-            folder, reference, load_study_file(study, overrides), methods[0], device
-        )
-    print(f"{folder}  temperature {fitted.temperature:.4g}  ({fitted.method}, {fitted.questions} questions)")
-    if fitted.reason:
-        logging.getLogger("mergefront").warning("%s", fitted.reason)
-
-
-def _calibrate_study(
-    name: str,
-    method: list[str],
-    select: list[str],
-    storage: str | None,
-    overrides: list[str],
-    device: str,
-    markdown: bool,
-) -> None:
-    from search.alternatives import CAPE, Scores, chosen_methods
-    from search.board import read_board
-    from search.calibrate import calibrate_study
-    from search.calibration_table import calibration_table
-    from search.evidence import EvidenceFolder
-    from search.picks import pick
-    from search.study import reopen
-
-    methods = chosen_methods(method)
-    store, materials = reopen(_url(storage, _study_name(name)), _study_name(name), device, overrides)
-    if "all" in method and any(task.format != "letter" for task in materials.config.tasks):
-        methods.remove(CAPE)
-        logging.getLogger("mergefront").info(
-            "cape is left out: it needs prompts that list their options (letter)"
-        )
-    board = read_board(store)
-    named = {kind: board.of_kind(kind)[0] for kind in ("pre", "post")}
-    rows = [named[one] if one in named else pick(board, one) for one in select or ["post", "knee"]]
-    calibrate_study(store, materials, rows, methods, named["pre"].trial)
-    records = [record for record in store.trials() if record.state == "complete"]
-    scores = Scores(EvidenceFolder(store.url, store.name), records, store.attributes())
-    table = calibration_table(read_board(store), scores, store.attributes())
+        chosen_methods(method)
+        if (folder / "config.json").is_file() or (folder / "manifest.json").is_file():
+            fitted = calibrate_model(folder, method, reference, study, storage, overrides, device)
+            print(
+                f"{folder}  temperature {fitted.temperature:.4g}  ({fitted.method}, {fitted.questions} questions)"
+            )
+            return
+        name = _study_name(target)
+        table = calibrate_board(_url(storage, name), name, method, select, overrides, device)
     print(table.markdown() if markdown else table.text())
     print(f"\n{table.caption}")
 
@@ -424,8 +342,8 @@ def _url(storage: str | None, name: str) -> str:
 
 
 def _open(name: str, storage: str | None) -> Any:
+    from search.opening import stored_config
     from search.storage import StudyStore
-    from search.study import stored_config
 
     store = StudyStore.open(_url(storage, _study_name(name)), _study_name(name))
     stored_config(store)  # a study whose launch was cut off before its first trial says so

@@ -25,10 +25,10 @@ from search.merging.methods import tensor_weights
 from search.merging.parents import Parents
 from search.merging.save import check_saved, save_checkpoint, size_of
 from search.model_card import model_card
+from search.opening import check_identity, moved_config
 from search.space import CoefficientSpace, Recipe
 from search.staging import check_space, locked_folder, staged_folder
 from search.storage import StudyStore
-from search.study import check_identity, moved_config
 
 logger = logging.getLogger("mergefront")
 

@@ -23,6 +23,7 @@ from search.database import shown, sqlite_path
 from search.errors import DiskError
 from search.evidence import EvidenceFolder
 from search.materials import Split
+from search.opening import stored_config
 from search.picks import named_picks
 from search.plots.coefficients import coefficients_figure
 from search.plots.front import front_figure
@@ -32,7 +33,6 @@ from search.plots.style import Picture, printable, render, render_svg
 from search.profile import read_profile
 from search.reading import beats, read, report_is_scored
 from search.storage import StudyStore
-from search.study import stored_config
 
 TEMPLATES = Path(__file__).parent / "templates"
 BESIDE = ("brier", "nll", "auroc")
@@ -92,7 +92,7 @@ def reliability_panels(store: StudyStore, board: Board) -> tuple[list[Panel], Sp
         title = ", ".join(names) + (f" (trial {trial})" if board.row(trial).kind == "search" else "")
         panels.append(Panel(title, evidence.load(str(digest)).outcomes))
     records = [record for record in store.trials() if record.state == "complete"]
-    scores = Scores(evidence, records, attributes)
+    scores = Scores.of(store)
     alternatives = list(read_alternatives(scores, records, attributes))
     panels += [
         Panel(one.label, scores.tempered(one, split)) for one in alternatives if scores.has(one, split)
@@ -157,10 +157,7 @@ def _calibration(store: StudyStore, board: Board) -> CalibrationTable | None:
     """Calibrators side by side; None until the report split is scored, or where it is too small to split again."""
     if board.questions["report"] < 4 or not all(row.report for row in board.of_kind("pre", "post")):
         return None
-    attributes = store.attributes()
-    records = [record for record in store.trials() if record.state == "complete"]
-    scores = Scores(EvidenceFolder(store.url, store.name), records, attributes)
-    return calibration_table(board, scores, attributes)
+    return calibration_table(board, Scores.of(store), store.attributes())
 
 
 def _commands(store: StudyStore, board: Board) -> Iterator[tuple[str, str]]:

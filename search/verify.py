@@ -28,9 +28,10 @@ from search.merging.methods import tensor_weights
 from search.merging.parents import Parents
 from search.merging.placement import choose_device, place
 from search.merging.tokenizers import load_tokenizer
+from search.opening import moved_config
 from search.space import CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
-from search.study import batch_tokens, moved_config
+from search.study import batch_tokens
 
 # How far a log-likelihood may lie from the stored one: absolute, and as a share of it. The weights are the same bits,
 # so on the same machine the difference is zero or rounding of float32 sums; the wider bounds of the 16-bit types are

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from search.config import load_study_file
-from search.study import create, run
+from search.opening import create
+from search.study import run
 from tests.pico_study import write_study
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -14,8 +14,9 @@ from search.board import read_board
 from search.config import load_study_file
 from search.interrupt import Interrupted, interruptible
 from search.observer import Observer, Step
+from search.opening import create
 from search.storage import StudyStore, TrialRecord
-from search.study import create, run
+from search.study import run
 
 # Children are forked from a server that imported everything and computed nothing: no start-up, no threads.
 _context = multiprocessing.get_context("forkserver")

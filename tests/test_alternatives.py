@@ -21,8 +21,9 @@ from search.config import load_study_file
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.manifest import read_manifest
+from search.opening import create, reopen
 from search.storage import StudyStore
-from search.study import create, reopen, run
+from search.study import run
 from tests.conftest import Cli
 from tests.pico import save_pico
 from tests.pico_study import write_study

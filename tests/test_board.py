@@ -14,9 +14,10 @@ from search.board import Board, Cell, Row, Volume, read_board
 from search.config import load_study_file
 from search.errors import ConfigError, StorageError
 from search.evidence import EvidenceFolder
+from search.opening import create
 from search.picks import named_picks, pick
 from search.storage import StudyStore
-from search.study import create, run
+from search.study import run
 from search.tables import front_table
 from tests.pico_study import write_study
 

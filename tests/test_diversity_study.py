@@ -13,9 +13,10 @@ from search.board import read_board
 from search.config import load_study_file
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
+from search.opening import create, reopen
 from search.report import write_report
 from search.storage import StudyStore
-from search.study import create, reopen, run, set_budget
+from search.study import run, set_budget
 from tests.conftest import Cli
 from tests.pico_study import write_prompts, write_study
 

@@ -30,11 +30,12 @@ from search.manifest import read_manifest
 from search.materials import Materials
 from search.merging.checkpoint import file_sha256
 from search.merging.save import TAGALONG, save_checkpoint
+from search.opening import create
 from search.picks import pick
 from search.space import Recipe
 from search.storage import StudyStore
 from search.strict_yaml import load_yaml
-from search.study import create, run
+from search.study import run
 from tests.export_process import (
     exported,
     in_child,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from search.config import load_study_file
+from search.opening import create, reopen
 from search.profile import ATTRIBUTE, PARTS, Stopwatch, read_profile
 from search.report import write_report
 from search.storage import StudyStore
-from search.study import create, reopen, run
+from search.study import run
 from tests.conftest import Cli
 from tests.pico_study import write_study
 

@@ -16,9 +16,10 @@ from search.errors import DiskError, EvaluationError, TooManyFailuresError
 from search.evidence import EvidenceFolder
 from search.materials import Materials
 from search.observer import Observer
+from search.opening import create
 from search.samplers import Proposal
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, create, front_of, run, set_budget
+from search.study import BASELINES, front_of, run, set_budget
 from tests.pico_study import write_study
 
 FIRST = len(BASELINES)

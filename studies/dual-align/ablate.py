@@ -25,7 +25,6 @@ from objectives.calibrators.logits import LayerwiseLogits
 from objectives.calibrators.temperature import temperature_scaling, vanilla
 from objectives.metrics import get_metric
 from search.alternatives import Scores
-from search.evidence import EvidenceFolder
 from search.storage import StudyStore
 
 SPLITS = 5
@@ -91,9 +90,8 @@ def main() -> None:
     arguments = parser.parse_args()
     url = arguments.storage or f"sqlite:///{Path('runs') / arguments.name / 'study.db'}"
     store = StudyStore.open(url, arguments.name)
-    records = [record for record in store.trials() if record.state == "complete"]
-    scores = Scores(EvidenceFolder(url, arguments.name), records, store.attributes())
-    numbers = {record.kind: record.number for record in records if record.kind in ("pre", "post")}
+    scores = Scores.of(store)
+    numbers = {record.kind: record.number for record in store.trials() if record.kind in ("pre", "post")}
     post, pre = (scores.logits(numbers[kind], "report", layers=True) for kind in ("post", "pre"))
     if not isinstance(post, LayerwiseLogits) or not isinstance(pre, LayerwiseLogits):
         raise SystemExit(

@@ -1,0 +1,50 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ADVANCED = "Advanced"
+Study = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name, or its study file.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="Optuna storage: sqlite:///PATH or postgresql+psycopg://...  [default: $MERGEFRONT_STORAGE, "
+        "$OPTUNA_STORAGE, or sqlite:///runs/NAME/study.db]",
+    ),
+]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the study file; repeatable."),
+]
+Device = Annotated[
+    str, typer.Option(help="Where the model lives: auto, cpu, cuda, cuda:N, or spread over all GPUs.")
+]
+Workers = Annotated[int, typer.Option(min=1, max=256, help="Processes that share the study on this machine.")]
+Grace = Annotated[
+    float,
+    typer.Option(min=1, help="Seconds of silence before a remote worker is dead.", rich_help_panel=ADVANCED),
+]
+Profile = Annotated[bool, typer.Option("--profile", help="Print where the trials' time went.")]
+ShowConfig = Annotated[
+    bool, typer.Option("--show-config", help="Print the effective study file as JSON and stop.")
+]
+AsWorker = Annotated[bool, typer.Option("--as-worker", hidden=True)]
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class SplitName(StrEnum):
+    search = "search"
+    report = "report"
