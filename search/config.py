@@ -327,7 +327,7 @@ def _explain(error: ValidationError) -> str:
     # A misspelt key often shows up twice, as unknown and as missing: the first says what to do.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     path = [part for part in detail["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in path)
+    key = ".".join(map(_shown, path))
     if detail["type"] == "extra_forbidden":
         hint = difflib.get_close_matches(str(path[-1]), _keys_at(path[:-1]), n=1)
         return f"{key}: unknown key." + (f" Did you mean '{hint[0]}'?" if hint else "")
@@ -338,6 +338,12 @@ def _explain(error: ValidationError) -> str:
     if detail["type"] != "value_error" and not isinstance(found, dict | list):
         message = f"found {found!r}: {message[0].lower()}{message[1:]}"
     return f"{key}: {message}." if key else f"{message}."
+
+
+def _shown(part: object) -> str:
+    """A key as it may be printed: one line, whatever the file holds."""
+    text = str(part)
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _keys_at(path: Sequence[Any]) -> list[str]:

@@ -188,6 +188,11 @@ def test_any_text_is_a_config_error_or_a_value(text: str) -> None:
     _parsed_or_refused(lambda: parse_study(load_yaml(text, "fuzz"), "fuzz"))
 
 
+def test_a_key_with_a_line_break_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^x: parents\.\\n: unknown key\.$"):
+        parse_study(load_yaml(GOOD, "good") | {"parents": {"\n": None}}, "x")
+
+
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
 _VALUES = st.recursive(
     _SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3)

@@ -331,7 +331,7 @@ def test_all_diversities_of_some_generations(generations: Generations, tmp_path:
     assert (again.digest, again.equivalence) == (found.digest, "same length")
     for name in DIVERSITY_NAMES:
         np.testing.assert_array_equal(again.values[name], found.values[name])
-    with pytest.raises(EvaluationError, match="about other prompts"):
+    with pytest.raises(EvaluationError, match="about other questions"):
         Diversity.load(tmp_path / "d", digest="0" * 64)
     with pytest.raises(EvaluationError, match="format is 'mergefront-diversity-1'"):
         Generations.load(tmp_path / "d")

