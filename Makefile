@@ -42,7 +42,7 @@ quickstart: $(VENV)/.product
 smollm2: $(VENV)/.prepare
 	$(BIN)/python studies/smollm2-135m/prepare.py
 	$(BIN)/mergefront launch studies/smollm2-135m/study.yaml --profile
-	$(BIN)/mergefront calibrate smollm2-135m --method naive --method daca --method dual-align --select post --select knee
+	$(BIN)/mergefront calibrate smollm2-135m --method all --select post --select knee
 	$(BIN)/mergefront report smollm2-135m --out runs/smollm2-135m/report
 	$(BIN)/mergefront export smollm2-135m --all --overwrite --out runs/smollm2-135m/export
 
