@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from objectives.chat import PROBE
 from objectives.drawing import draw_tokens
 from objectives.encoding import max_length
 from objectives.evidence_file import checked_array, read_evidence, write_evidence
@@ -34,7 +35,6 @@ from search.errors import ConfigError, EvaluationError
 FORMAT = "mergefront-generations-1"
 PADDING = -1
 BATCH_ROWS = 64
-PROBE = "ANSWER"
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int32]

@@ -23,14 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from objectives.chat import Chat
 from objectives.presets import LETTERS, PRESETS, Item, Preset, field, plain, text, texts
 from objectives.sources import Rows, Source, read_sources
 from search.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.config import SplitConfig, TaskConfig
-
-PROBE = "ANSWER"
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ def _format(
     notes: list[str],
 ) -> list[tuple[str, Question]]:
     """(rank in the hash order, question) of each distinct question of one task that is no example."""
-    chat = _Chat(tokenizer, where) if task.chat_template else None
+    chat = Chat(tokenizer, where) if task.chat_template else None
     shuffle = task.format == "letter" and task.preset is not None and PRESETS[task.preset].shuffle
     found: dict[str, tuple[str, Question]] = {}
     duplicates = examples = 0
@@ -316,7 +315,7 @@ def _letter_prompt(item: Item) -> str:
     return "\n".join([item.stem, *lines, "Answer:"])
 
 
-def _question(task: TaskConfig, index: int, item: Item, prefix: str, chat: _Chat | None) -> Question:
+def _question(task: TaskConfig, index: int, item: Item, prefix: str, chat: Chat | None) -> Question:
     """Puts one item into the task's format.
 
     The scored text starts with a space after a plain prompt ("Answer:" + " B"), as in lm-eval, and as tokenizers
@@ -350,36 +349,6 @@ def _lengths(answers: Sequence[str], normalize: str) -> tuple[float, ...] | None
     if normalize == "bytes":
         return tuple(float(len(answer.encode("utf-8"))) for answer in answers)
     return None
-
-
-class _Chat:
-    """Wraps a prompt as a user's turn, up to where the assistant's answer starts."""
-
-    def __init__(self, tokenizer: Any, where: str) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(
-                f"{where}.chat_template: the post parent's tokenizer has none. Set chat_template: false."
-            )
-        self._tokenizer = tokenizer
-        self._where = where
-        start = self.wrap("Question")
-        turn = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": PROBE}]
-        whole = self._render(turn, generate=False)
-        between = whole[len(start) :].split(PROBE)[0] if whole.startswith(start) and PROBE in whole else ""
-        self.space = between if between.isspace() else ""
-
-    def wrap(self, prompt: str) -> str:
-        return self._render([{"role": "user", "content": prompt}], generate=True)
-
-    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate
-            )
-        except Exception as error:  # a template is a program: it raises what it likes
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{self._where}.chat_template: the template fails ({reason}).") from error
-        return str(rendered)
 
 
 def _shuffled(item: Item) -> Item:

@@ -62,8 +62,10 @@ def _options(
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
+    from search.console import start_logging
+
     _OPTIONS.update(quiet=quiet, debug=debug)
-    _start_logging(verbose or debug, quiet, log_file)
+    start_logging(verbose or debug, quiet, log_file)
 
 
 _OPTIONS = {"quiet": False, "debug": False}
@@ -393,27 +395,6 @@ def _closing(printer: Any) -> Iterator[None]:
         yield
     finally:
         printer.close()
-
-
-def _start_logging(verbose: bool, quiet: bool, file: Path | None) -> None:
-    logger = logging.getLogger("mergefront")
-    logger.handlers.clear()
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    logger.addHandler(_console(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO))
-    if file is not None:
-        try:
-            log = logging.FileHandler(file, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--log-file {file}: cannot be written: {error.strerror}.") from error
-        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(log)
-
-
-def _console(level: int) -> logging.Handler:
-    from search.console import ConsoleHandler
-
-    return ConsoleHandler(level)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ import logging
 import sys
 import time
 from functools import cache
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+
+from search.errors import ConfigError
 
 
 @cache
@@ -27,3 +30,25 @@ class ConsoleHandler(logging.Handler):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         mark = "warning: " if record.levelno >= logging.WARNING else ""
         stderr_console().print(Text(f"[{clock}] {mark}{record.getMessage()}"), highlight=False)
+
+
+def start_logging(verbose: bool, quiet: bool, file: Path | None) -> None:
+    """Sends the product's log to the console, and to a file where one is given.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    logger = logging.getLogger("mergefront")
+    logger.handlers.clear()
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(
+        ConsoleHandler(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    )
+    if file is not None:
+        try:
+            log = logging.FileHandler(file, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--log-file {file}: cannot be written: {error.strerror}.") from error
+        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(log)
