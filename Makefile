@@ -38,6 +38,8 @@ quickstart: $(VENV)/.product
 	$(BIN)/mergefront export quickstart --select knee --weights --overwrite --out runs/quickstart/export
 	for folder in runs/quickstart/export/trial-*; do $(BIN)/mergefront calibrate $$folder --method dual-align || exit 1; done
 	$(BIN)/mergefront verify runs/quickstart/export
+	$(BIN)/mergefront launch studies/quickstart/diversity.yaml
+	$(BIN)/mergefront calibrate quickstart-diversity --method naive --method daca --method dual-align --select post --select knee
 
 smollm2: $(VENV)/.prepare
 	$(BIN)/python studies/smollm2-135m/prepare.py

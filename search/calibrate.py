@@ -19,6 +19,7 @@ from objectives.calibrators.methods import METHODS, Logits, fit
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.tasks import load_questions
 from search.alternatives import (
+    AUTOMATIC,
     CAPE,
     SPLITS,
     Scores,
@@ -140,7 +141,7 @@ def calibrate_study(
             for key in missing:
                 logger.info("trial %d: %s", number, key.replace(f":{number}", ""))
                 store.set_attribute(key, worker.measured(key))
-    _sample_answers(store, materials, numbers, methods, pre)
+    _sample_answers(store, materials, numbers, list(dict.fromkeys([*AUTOMATIC, *methods])), pre)
     for number in numbers:
         asked = store.attribute(calibrators_key(number)) or []
         store.set_attribute(calibrators_key(number), list(dict.fromkeys([*asked, *methods])))
