@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from search.report import write_report
 from search.storage import StudyStore
 from search.study import run, set_budget
 from tests.conftest import Cli
+from tests.pico import save_pico
 from tests.pico_study import write_prompts, write_study
 
 SAMPLED: dict[str, Any] = {"prompts": "./prompts.jsonl", "samples": 3, "max_new_tokens": 6}
@@ -92,6 +94,26 @@ def test_an_export_of_it_verifies(study: tuple[Path, str], tmp_path: Path, cli: 
     code, out, err = cli("verify", tmp_path / "out")
     assert code == 0, err
     assert "= stored" in out
+
+
+def test_a_model_says_which_answers_mean_the_same(tmp_path: Path, cli: Cli) -> None:
+    judged = {**SAMPLED, "equivalence": "./pre", "threshold": 0.9}
+    path = diverse_study(tmp_path, objectives=["accuracy", "semantic-entropy"], diversity=judged, trials=1)
+    code, out, err = cli("launch", path)
+    assert code == 0, err
+    assert "semantic-entropy up" in out
+    store = StudyStore.open(f"sqlite:///{Path('runs/pico/study.db').absolute()}", "pico")
+    assert store.attribute("identity")["equivalence"]
+    found = EvidenceFolder(store.url, "pico").load_diversity(store.trials()[0].attributes["diversity"])
+    assert found.equivalence.startswith("embedding ")
+    assert (found.values["semantic-entropy"] >= 0).all()
+    assert found.values["semantic-entropy"].max() <= math.log(3) + 1e-12
+    save_pico(tmp_path / "other", seed=9)
+    code, _, err = cli(
+        "resume", "pico", "--trials", "+1", "--set", f"diversity.equivalence={tmp_path / 'other'}"
+    )
+    assert code == 2
+    assert "equivalence changed since it began" in err
 
 
 @pytest.mark.parametrize(
