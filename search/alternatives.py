@@ -6,9 +6,8 @@ scores after every layer for Dual-Align, permuted prompts for CAPE) is measured 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from objectives.calibrators.fitted import FittedTemperature
 from objectives.calibrators.logits import LayerwiseLogits, OptionLogits
@@ -65,21 +64,17 @@ class Alternative:
 
 
 class Scores:
-    """The stored scores of a study's trials, as calibrators read them."""
+    """The stored scores of a study, as it stood when this was made, as calibrators read them."""
 
-    def __init__(
-        self, evidence: EvidenceFolder, records: Sequence[TrialRecord], attributes: Mapping[str, Any]
-    ) -> None:
-        self._evidence = evidence
-        self._records = {record.number: record for record in records if record.state == "complete"}
-        self._attributes = attributes
+    def __init__(self, store: StudyStore) -> None:
+        self._evidence = EvidenceFolder(store.url, store.name)
+        self._records = {record.number: record for record in store.trials() if record.state == "complete"}
+        self._attributes = store.attributes()
         self._known: dict[tuple[int, Split, bool], Logits] = {}
 
-    @classmethod
-    def of(cls, store: StudyStore) -> Scores:
-        """The scores of a study as it stands."""
-        done = [record for record in store.trials() if record.state == "complete"]
-        return cls(EvidenceFolder(store.url, store.name), done, store.attributes())
+    def asked(self, trial: int) -> list[str]:
+        """The methods that `calibrate` was asked for, for one trial."""
+        return list(self._attributes.get(calibrators_key(trial), ()))
 
     def digest(self, trial: int, split: Split) -> str | None:
         """The evidence of a trial on a split; None if it was not scored there."""
@@ -126,37 +121,32 @@ class Scores:
     def tempered(self, alternative: Alternative, split: Split) -> Outcomes:
         """What an alternative answers on a split for which it `has` answers."""
         if alternative.fitted is None:
-            return self._evidence.load(str(self._attributes[cape_key(alternative.trial, split)])).outcomes
+            averaged = self.averaged(alternative.trial, split)
+            assert averaged is not None, "`has` said so"
+            return averaged
         logits = OptionLogits.from_evaluation(self._evidence.load(str(self.digest(alternative.trial, split))))
         return alternative.fitted.apply(logits)
 
-    def fitted(self, method: str, trial: int, pre: int, split: Split = "search") -> FittedTemperature | None:
-        """The temperature of a trial by a method, with trial `pre` as reference; None if a score is missing."""
+    def fitted(self, method: str, trial: int) -> FittedTemperature | None:
+        """The temperature of a trial by a method, fitted on the search split; None if a score is missing."""
         layers = "layers" in METHODS[method]
-        own, reference = self.logits(trial, split, layers), self.logits(pre, split, layers)
+        own, reference = (self.logits(number, "search", layers) for number in (trial, self._pre))
         if own is None or reference is None:
             return None
         return fit(method, own, reference)
 
+    def alternatives(self) -> Iterator[Alternative]:
+        """`post` with the automatic methods, and all that `calibrate` was asked for."""
+        for number, record in self._records.items():
+            methods = [*(AUTOMATIC if record.kind == "post" else ()), *self.asked(number)]
+            for method in dict.fromkeys(methods):
+                fitted = None if method == CAPE else self.fitted(method, number)
+                if fitted is not None or (method == CAPE and cape_key(number, "search") in self._attributes):
+                    yield Alternative(number, base_label(record), method, fitted)
 
-def read_alternatives(
-    scores: Scores, records: Sequence[TrialRecord], attributes: Mapping[str, Any]
-) -> Iterator[Alternative]:
-    """Alternatives of a study: `post` with the automatic methods, and all that `calibrate` was asked for."""
-    parents = {record.kind: record.number for record in records if record.kind in ("pre", "post")}
-    for record in records:
-        if record.state != "complete":
-            continue
-        asked = list(attributes.get(calibrators_key(record.number), ()))
-        methods = [*AUTOMATIC, *asked] if record.kind == "post" else asked
-        for method in dict.fromkeys(methods):
-            if method == CAPE:
-                if cape_key(record.number, "search") in attributes:
-                    yield Alternative(record.number, base_label(record), method, None)
-                continue
-            found = scores.fitted(method, record.number, parents["pre"])
-            if found is not None:
-                yield Alternative(record.number, base_label(record), method, found)
+    @property
+    def _pre(self) -> int:
+        return next(number for number, record in self._records.items() if record.kind == "pre")
 
 
 def base_label(record: TrialRecord) -> str:

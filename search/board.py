@@ -19,7 +19,7 @@ from objectives.bootstrap import interval, resample_weights
 from objectives.diversity import Diversity, get_diversity_metric
 from objectives.metrics import Metric, find_metric, get_metric
 from objectives.outcomes import Outcomes
-from search.alternatives import Alternative, Scores, base_label, read_alternatives
+from search.alternatives import Alternative, Scores, base_label
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.front import hypervolume, hypervolume_batch, worst_corner
@@ -215,7 +215,7 @@ def read_board(store: StudyStore) -> Board:
     computer = _Computer(evidence)
     beside = [*metrics, *(get_metric(name) for name in BESIDE if name not in dict(objectives))]
 
-    scores = Scores(evidence, done, attributes)
+    scores = Scores(store)
     rows: list[Row] = []
     samples: dict[Split, dict[str, Samples]] = {"search": {}, "report": {}}
     for record in done:
@@ -230,7 +230,7 @@ def read_board(store: StudyStore) -> Board:
             cells[split], samples[split][base_label(record)] = found[0] | sampled[0], found[1] | sampled[1]
         rows.append(_row(record, record.number in on_front, cells))
     alternatives = []
-    for one in read_alternatives(scores, done, attributes):
+    for one in scores.alternatives():
         cells = {"search": {}, "report": {}}
         for split in SPLITS:
             if scores.has(one, split):

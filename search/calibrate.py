@@ -30,7 +30,7 @@ from search.alternatives import (
     layers_key,
 )
 from search.board import Row, read_board
-from search.calibrated_model import write_temperature
+from search.calibrated_model import write_into_checkpoint, write_into_export
 from search.calibration_table import CalibrationTable, calibration_table
 from search.config import StudyConfig, load_study_file
 from search.errors import ConfigError, ExportError
@@ -66,8 +66,8 @@ def calibrate_board(
         methods: as the user named them; `all` leaves CAPE out where the questions do not list their options.
         selections: `pre`, `post`, or as for export; none: `post` and the knee.
     """
-    store, materials = reopen(url, name, device, overrides)
     chosen = chosen_methods(methods)
+    store, materials = reopen(url, name, device, overrides)
     if "all" in methods and any(task.format != "letter" for task in materials.config.tasks):
         chosen.remove(CAPE)
         logger.info("cape is left out: it needs prompts that list their options (format: letter)")
@@ -75,7 +75,7 @@ def calibrate_board(
     named = {kind: board.of_kind(kind)[0] for kind in ("pre", "post")}
     rows = [named[one] if one in named else pick(board, one) for one in selections or ("post", "knee")]
     calibrate_study(store, materials, rows, chosen, named["pre"].trial)
-    return calibration_table(read_board(store), Scores.of(store), store.attributes())
+    return calibration_table(read_board(store), Scores(store))
 
 
 def calibrate_model(
@@ -132,7 +132,11 @@ def calibrate_study(
     for number in dict.fromkeys([*layers, *averages, *numbers]):
         wanted = [layers_key(number, split) for split in SPLITS if number in layers]
         wanted += [cape_key(number, split) for split in SPLITS if number in averages]
-        wanted += [f"report:{number}"] if number in numbers else []
+        if number in numbers:
+            wanted += [f"diversity:{number}"] if materials.prompts is not None else []
+            wanted.append(
+                f"report:{number}"
+            )  # last, as after the search: its presence says that all is there
         known = store.attributes()
         missing = [key for key in wanted if key not in known]
         if missing:
@@ -141,23 +145,23 @@ def calibrate_study(
             for key in missing:
                 logger.info("trial %d: %s", number, key.replace(f":{number}", ""))
                 store.set_attribute(key, worker.measured(key))
-    _sample_answers(store, materials, numbers, list(dict.fromkeys([*AUTOMATIC, *methods])), pre)
+    _sample_answers(store, materials, numbers, list(dict.fromkeys([*AUTOMATIC, *methods])))
     for number in numbers:
         asked = store.attribute(calibrators_key(number)) or []
         store.set_attribute(calibrators_key(number), list(dict.fromkeys([*asked, *methods])))
 
 
 def _sample_answers(
-    store: StudyStore, materials: Materials, numbers: Sequence[int], methods: Sequence[str], pre: int
+    store: StudyStore, materials: Materials, numbers: Sequence[int], methods: Sequence[str]
 ) -> None:
     """Samples answers at each fitted temperature, where the study samples answers: diversity changes with it."""
     if materials.prompts is None:
         return
     evidence = EvidenceFolder(store.url, store.name)
-    records = {record.number: record for record in store.trials() if record.state == "complete"}
-    scores = Scores(evidence, list(records.values()), store.attributes())
+    records = {record.number: record for record in store.trials()}
+    scores = Scores(store)
     for number in numbers:
-        fitted = {method: scores.fitted(method, number, pre) for method in methods if method != CAPE}
+        fitted = {method: scores.fitted(method, number) for method in methods if method != CAPE}
         known = store.attributes()
         wanted = [(m, s) for m in fitted for s in SPLITS if diversity_key(number, m, s) not in known]
         if wanted:
@@ -196,9 +200,9 @@ def calibrate_export(
         check_identity(store, materials.identity)
         rows = [row for row in read_board(store).rows if row.trial == number]
         calibrate_study(store, materials, rows, [method], pre)
-    fitted = Scores.of(store).fitted(method, number, pre)
+    fitted = Scores(store).fitted(method, number)
     assert fitted is not None, "the scores were measured above"
-    write_temperature(folder, MODEL, fitted, manifest)
+    write_into_export(folder, MODEL, fitted, manifest)
     return fitted
 
 
@@ -225,7 +229,7 @@ def calibrate_checkpoint(
     post = _logits(folder, config, method, device)
     pre = None if used is None else _logits(used, config, method, device)
     fitted = fit(method, post, pre)
-    write_temperature(folder, ".", fitted, {})
+    write_into_checkpoint(folder, fitted)
     return fitted
 
 
@@ -280,6 +284,10 @@ class _Reader:
         what, _, rest = key.partition(":")
         if what == "report":
             return self._evidence.save(self._materials.evaluate("report"))
+        if what == "diversity":
+            sampled = self._materials.diversify("report")
+            assert sampled is not None, "there are prompts"
+            return self._evidence.save(sampled)
         split: Split = "search" if rest.endswith("search") else "report"
         if what == "layers":
             return self._layers(split)

@@ -11,44 +11,57 @@ from pathlib import Path
 from typing import Any
 
 from objectives.calibrators.fitted import FittedTemperature
-from search.errors import ExportError
 from search.manifest import MANIFEST, write_manifest
 from search.merging.checkpoint import read_json
-from search.staging import disk_errors, locked_folder, staged_folder
+from search.staging import disk_errors, locked_folder, staged_folder, write_whole
 
 CARD, GENERATION = "README.md", "generation_config.json"
 _BEGIN, _END = "<!-- mergefront:calibration -->", "<!-- /mergefront:calibration -->"
 
 
-def write_temperature(folder: Path, model: str, fitted: FittedTemperature, facts: Mapping[str, Any]) -> None:
-    """Replaces a folder by one that carries the temperature; it is the old one or the new one, whatever happens.
-
-    Weights are linked, not copied. A manifest, where there is one, is written anew.
+def write_into_export(folder: Path, model: str, fitted: FittedTemperature, facts: Mapping[str, Any]) -> None:
+    """Replaces an export by one that carries the temperature, with a new manifest; weights are linked, not copied.
 
     Args:
-        folder: an export, or a checkpoint.
-        model: the checkpoint's folder inside it; "." for the folder itself.
-        facts: of the manifest, for an export; empty otherwise.
+        model: name of the checkpoint's folder inside it.
+        facts: of its manifest.
 
     Raises:
-        ExportError: an unreadable `generation_config.json`. DiskError: no space or no permission.
+        CheckpointError: an unreadable `generation_config.json`. DiskError: no space or no permission.
     """
     folder = folder.resolve()
-    generation = folder / model / GENERATION
-    settings = read_json(generation) if generation.exists() else {}
-    if not isinstance(settings, dict):
-        raise ExportError(f"{generation}: is no JSON object. Restore it, or remove it.")
-    settings |= {"do_sample": True, "temperature": fitted.temperature}
+    generation = _generation(folder / model, fitted)
     with locked_folder(folder.parent), staged_folder(folder, overwrite=True) as staging:
         _link_tree(folder, staging)
-        _replace(staging / model / GENERATION, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        cards = {staging / CARD, staging / model / CARD}
-        for card in (path for path in cards if path.exists() or path.parent == staging / model):
-            _replace(card, with_section(card.read_text(encoding="utf-8") if card.exists() else "", fitted))
-        if facts:
-            (staging / MANIFEST).unlink()
-            kept = {key: value for key, value in facts.items() if key not in ("format", "files")}
-            write_manifest(staging, {**kept, "calibration": fitted.to_json()})
+        write_whole(staging / model / GENERATION, generation)
+        for card in (staging / CARD, staging / model / CARD):
+            write_whole(card, _card(card, fitted))
+        (staging / MANIFEST).unlink()
+        kept = {key: value for key, value in facts.items() if key not in ("format", "files")}
+        write_manifest(staging, {**kept, "calibration": fitted.to_json()})
+
+
+def write_into_checkpoint(folder: Path, fitted: FittedTemperature) -> None:
+    """Writes `generation_config.json` and the card of a checkpoint, each whole or not at all; nothing else is touched.
+
+    Raises:
+        CheckpointError: an unreadable `generation_config.json`. DiskError: no space or no permission.
+    """
+    generation = _generation(folder, fitted)
+    with disk_errors(folder):
+        write_whole(folder / GENERATION, generation)
+        write_whole(folder / CARD, _card(folder / CARD, fitted))
+
+
+def _generation(model: Path, fitted: FittedTemperature) -> bytes:
+    path = model / GENERATION
+    settings = read_json(path) if path.exists() else {}
+    settings |= {"do_sample": True, "temperature": fitted.temperature}
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _card(path: Path, fitted: FittedTemperature) -> bytes:
+    return with_section(path.read_text(encoding="utf-8") if path.exists() else "", fitted).encode()
 
 
 def with_section(card: str, fitted: FittedTemperature) -> str:
@@ -92,10 +105,3 @@ def _link_tree(source: Path, target: Path) -> None:
                 os.link(Path(path) / name, here / name)
             except OSError:  # a file system without links
                 shutil.copy2(Path(path) / name, here / name)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a new file in place of a linked one, whose content must stay."""
-    with disk_errors(path):
-        path.unlink(missing_ok=True)
-        path.write_text(text, encoding="utf-8")

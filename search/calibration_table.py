@@ -16,7 +16,7 @@ from objectives.calibrators.methods import METHODS, fit
 from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import get_metric
 from objectives.outcomes import Outcomes
-from search.alternatives import AUTOMATIC, CAPE, Scores, calibrators_key
+from search.alternatives import AUTOMATIC, CAPE, Scores
 from search.board import Board, Cell, Row
 from search.errors import ConfigError
 from search.picks import named_picks
@@ -45,29 +45,19 @@ class Entry:
     def label(self) -> str:
         return self.model if self.method == "vanilla" else f"{self.model} + {self.method}"
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "method": self.method,
-            "temperatures": list(self.temperatures),
-            "values": {name: list(values) for name, values in self.values.items()},
-            "sampled": {name: cell.to_json() for name, cell in self.sampled.items()},
-        }
-
 
 @dataclass(frozen=True)
 class CalibrationTable:
-    """All entries; `questions` is (fitted on, tested on) in each of the `splits` splits."""
+    """All entries; `questions` is (fitted on, tested on) in each of the `SPLITS` splits."""
 
     entries: tuple[Entry, ...]
     questions: tuple[int, int]
-    splits: int
 
     @property
     def caption(self) -> str:
         fitted, tested = self.questions
         return (
-            f"Mean [smallest, largest] over {self.splits} random splits of the report questions: {fitted} fit the "
+            f"Mean [smallest, largest] over {SPLITS} random splits of the report questions: {fitted} fit the "
             f"temperature, the other {tested} test it. ECE and MCE in 15 equal-width bins, AECE in 15 of equal mass."
             + (
                 " Diversities: of answers to all prompts of the report split, with 95 % bootstrap intervals."
@@ -104,13 +94,8 @@ class CalibrationTable:
         return [["model", "temperature", *titles], *body]
 
 
-def calibration_table(
-    board: Board, scores: Scores, attributes: Mapping[str, Any], splits: int = SPLITS
-) -> CalibrationTable:
-    """Every method that the stored scores allow, for `post`; for `pre` and the picks those that were asked for.
-
-    Args:
-        attributes: of the study.
+def calibration_table(board: Board, scores: Scores) -> CalibrationTable:
+    """Parents, picks and what `calibrate` was asked for, with the automatic methods (not `pre`) and those asked for.
 
     Raises:
         ConfigError: the report split is not scored yet, or has fewer than four questions.
@@ -121,19 +106,18 @@ def calibration_table(
     n = board.questions["report"]
     if n < 4:
         raise ConfigError(f"study '{board.study}': {n} questions in the report split cannot be split again.")
-    halves = [_halves(n, seed) for seed in range(splits)]
+    halves = [_halves(n, seed) for seed in range(SPLITS)]
     entries = []
-    for row, title in _models(board, attributes):
-        asked = [*attributes.get(calibrators_key(row.trial), ())]
-        automatic = list(AUTOMATIC) if row.kind != "pre" else []
-        for method in dict.fromkeys(["vanilla", *automatic, *asked]):
+    for row, title in _models(board, scores):
+        automatic = AUTOMATIC if row.kind != "pre" else ()
+        for method in dict.fromkeys(["vanilla", *automatic, *scores.asked(row.trial)]):
             entry = _entry(scores, row, title, method, pre.trial, halves, _sampled(board, row, method))
             if entry is not None:
                 entries.append(entry)
-    return CalibrationTable(tuple(entries), (len(halves[0][0]), len(halves[0][1])), splits)
+    return CalibrationTable(tuple(entries), (len(halves[0][0]), len(halves[0][1])))
 
 
-def _models(board: Board, attributes: Mapping[str, Any]) -> list[tuple[Row, str]]:
+def _models(board: Board, scores: Scores) -> list[tuple[Row, str]]:
     """Parents, the named picks, and what `calibrate` was asked for, each trial once."""
     found = {row.trial: (row, row.label) for row in board.of_kind("pre", "post")}
     for name, row in named_picks(board).items():
@@ -141,7 +125,7 @@ def _models(board: Board, attributes: Mapping[str, Any]) -> list[tuple[Row, str]
             known = found.get(row.trial)
             found[row.trial] = (row, f"{row.label} ({name})" if known is None else known[1])
     for row in board.rows:
-        if calibrators_key(row.trial) in attributes and row.report:
+        if scores.asked(row.trial) and row.report:
             found.setdefault(row.trial, (row, row.label))
     return list(found.values())
 

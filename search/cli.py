@@ -264,12 +264,10 @@ def calibrate(
     ] = False,
 ) -> None:
     """Fits confidence temperatures: on a study's board as alternatives, or into a model's generation_config.json."""
-    from search.alternatives import chosen_methods
     from search.calibrate import calibrate_board, calibrate_model
 
     folder = Path(target)
     with interruptible():
-        chosen_methods(method)
         if (folder / "config.json").is_file() or (folder / "manifest.json").is_file():
             fitted = calibrate_model(folder, method, reference, study, storage, overrides, device)
             print(

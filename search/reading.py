@@ -109,7 +109,8 @@ def _parents(board: Board) -> Remark:
 
 def _temperature(board: Board) -> list[Remark]:
     """Whether merging buys more than a temperature, which costs nothing and changes no answer."""
-    rivals = [row for row in board.alternatives if row.label.startswith("post + ") and row.report]
+    post = board.of_kind("post")[0].trial
+    rivals = [row for row in board.alternatives if row.trial == post and row.temperature and row.report]
     searched = [row for row in board.front if row.kind == "search" and row.report]
     if not rivals or not searched:
         return []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
-from search.alternatives import Scores, read_alternatives
+from search.alternatives import Scores
 from search.board import Board, Row, read_board
 from search.calibration_table import CalibrationTable, calibration_table
 from search.config import StudyConfig
@@ -32,6 +31,7 @@ from search.plots.reliability import Panel, reliability_figure
 from search.plots.style import Picture, printable, render, render_svg
 from search.profile import read_profile
 from search.reading import beats, read, report_is_scored
+from search.staging import write_whole
 from search.storage import StudyStore
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -91,11 +91,11 @@ def reliability_panels(store: StudyStore, board: Board) -> tuple[list[Panel], Sp
         digest = attributes[f"report:{trial}"] if split == "report" else digests[trial]
         title = ", ".join(names) + (f" (trial {trial})" if board.row(trial).kind == "search" else "")
         panels.append(Panel(title, evidence.load(str(digest)).outcomes))
-    records = [record for record in store.trials() if record.state == "complete"]
-    scores = Scores.of(store)
-    alternatives = list(read_alternatives(scores, records, attributes))
+    scores = Scores(store)
     panels += [
-        Panel(one.label, scores.tempered(one, split)) for one in alternatives if scores.has(one, split)
+        Panel(one.label, scores.tempered(one, split))
+        for one in scores.alternatives()
+        if scores.has(one, split)
     ]
     return panels, split
 
@@ -157,7 +157,7 @@ def _calibration(store: StudyStore, board: Board) -> CalibrationTable | None:
     """Calibrators side by side; None until the report split is scored, or where it is too small to split again."""
     if board.questions["report"] < 4 or not all(row.report for row in board.of_kind("pre", "post")):
         return None
-    return calibration_table(board, Scores.of(store), store.attributes())
+    return calibration_table(board, Scores(store))
 
 
 def _commands(store: StudyStore, board: Board) -> Iterator[tuple[str, str]]:
@@ -197,18 +197,8 @@ def _data_uri(svg: bytes) -> Markup:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """Writes a file whole: staged beside, synced, renamed."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
-            with staged.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(staged, path)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
+        write_whole(path, content)
     except OSError as error:
         raise _unwritable(path, error) from error
     return path

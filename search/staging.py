@@ -67,6 +67,24 @@ def staged_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole: staged beside, synced, renamed. A link to another file's content is replaced, not followed.
+
+    Raises:
+        OSError: the disk refused; an earlier file stays as it was.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
+    try:
+        with staged.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turns what the operating system says about a disk into one line."""

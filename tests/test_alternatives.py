@@ -41,11 +41,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, url
 
 
-def scores_of(store: StudyStore) -> Scores:
-    done = [record for record in store.trials() if record.state == "complete"]
-    return Scores(EvidenceFolder(store.url, store.name), done, store.attributes())
-
-
 def test_a_temperature_stands_on_every_board(study: tuple[Path, str]) -> None:
     board = read_board(StudyStore.open(study[1], "pico"))
     post = board.of_kind("post")[0]
@@ -79,8 +74,7 @@ def test_every_calibrator_is_measured_once_and_shown(study: tuple[Path, str], cl
     assert len([row for row in board.alternatives if row.trial == 1]) == len(CALIBRATORS)
 
     # The layers' scores as they are stored lead to the temperature that fresh ones lead to.
-    fresh = Scores(EvidenceFolder(url, "pico"), store.trials(), attributes)
-    fitted = fresh.fitted("dual-align", 1, 0)
+    fitted = Scores(store).fitted("dual-align", 1)
     assert fitted is not None
     assert sum(fitted.divergence_layers) == len(materials.questions.search)
 
@@ -95,8 +89,8 @@ def test_every_calibrator_is_measured_once_and_shown(study: tuple[Path, str], cl
 
 def test_the_table_tests_on_the_half_that_was_not_fitted(study: tuple[Path, str]) -> None:
     store = StudyStore.open(study[1], "pico")
-    board, scores = read_board(store), scores_of(store)
-    table = calibration_table(board, scores, store.attributes(), splits=5)
+    board, scores = read_board(store), Scores(store)
+    table = calibration_table(board, scores)
     assert table.questions == (10, 10)
     by_label = {entry.label: entry for entry in table.entries}
     plain, daca = by_label["post"], by_label["post + daca"]
@@ -133,7 +127,7 @@ def test_cape_needs_listed_options(tmp_path: Path, cli: Cli) -> None:
 
 def test_probabilities_become_an_evaluation(study: tuple[Path, str]) -> None:
     store = StudyStore.open(study[1], "pico")
-    outcomes = scores_of(store).outcomes(1, "report")
+    outcomes = Scores(store).outcomes(1, "report")
     again = Evaluation.of_probabilities(outcomes, 7, "d")
     assert np.allclose(again.outcomes.probability, outcomes.probability, atol=1e-6)
     assert np.array_equal(again.outcomes.predicted, outcomes.predicted)
@@ -155,7 +149,7 @@ def test_an_export_carries_its_temperature(study: tuple[Path, str], tmp_path: Pa
         assert "temperature" in out
     settings = json.loads((folder / "model" / GENERATION).read_text())
     store = StudyStore.open(url, "pico")
-    fitted = scores_of(store).fitted("dual-align", 1, 0)
+    fitted = Scores(store).fitted("dual-align", 1)
     assert fitted is not None
     assert settings["temperature"] == fitted.temperature
     assert settings["do_sample"] is True
@@ -174,12 +168,17 @@ def test_any_checkpoint_can_be_calibrated(study: tuple[Path, str], tmp_path: Pat
     path, _ = study
     post = save_pico(tmp_path / "model", seed=5)
     pre = path.parent / "pre"
+    before = {one.name: one.read_bytes() for one in post.iterdir()}
     for method in ("temperature", "daca", "dual-align"):
         code, out, err = cli("calibrate", post, "--reference", pre, "--study", path, "--method", method)
         assert code == 0, err
         assert method in out
     assert "temperature" in json.loads((post / GENERATION).read_text())
     assert "## Confidence temperature" in (post / CARD).read_text()
+    after = {one.name: one.read_bytes() for one in post.iterdir()}
+    assert after.keys() == before.keys() | {GENERATION, CARD}
+    assert all(after[name] == content for name, content in before.items() if name != GENERATION)
+    assert [one.name for one in tmp_path.iterdir()] == ["model"], "the folder itself was not moved"
 
 
 @pytest.mark.parametrize(

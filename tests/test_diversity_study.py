@@ -88,6 +88,22 @@ def test_a_temperature_changes_diversity(study: tuple[Path, str], cli: Cli) -> N
     assert tempered.report["accuracy"] == post.report["accuracy"]
 
 
+def test_a_calibrated_trial_off_the_front_has_its_diversity(tmp_path: Path, cli: Cli) -> None:
+    path = diverse_study(tmp_path / "study", trials=8)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    run(*create(load_study_file(path), url, "cpu"))
+    board = read_board(StudyStore.open(url, "pico"))
+    off = next(row for row in board.rows if row.kind == "search" and not row.front)
+    assert not off.report
+    code, _, err = cli(
+        "calibrate", "pico", "--storage", url, "--method", "daca", "--select", f"trial:{off.trial}"
+    )
+    assert code == 0, err
+    store = StudyStore.open(url, "pico")
+    assert "distinct-2" in read_board(store).row(off.trial).report
+    assert write_report(store, tmp_path / "report")
+
+
 def test_an_export_of_it_verifies(study: tuple[Path, str], tmp_path: Path, cli: Cli) -> None:
     code, out, err = cli("export", "pico", "--storage", study[1], "--weights", "--out", tmp_path / "out")
     assert code == 0, err
