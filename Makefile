@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
 	@echo "make test        lint, types and the fast tests"
-	@echo "make test-all    the slow tests, too (about 30 minutes)"
+	@echo "make test-all    the slow tests, too"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on that pair (about 40 minutes)"
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ from objectives.evaluator import Evaluator
 from objectives.tasks import Question, load_questions
 from search.config import SplitConfig, TaskConfig
 from tests.pico import pico_model, pico_tokenizer
+from tests.scripts import load_script
 
 lm_eval = pytest.importorskip("lm_eval")
 datasets = pytest.importorskip("datasets")
@@ -57,19 +55,8 @@ def their_task(file: str, data: Path, folder: str, shots: int) -> Any:
     splits = {"validation": rows}
     if (data / folder / "dev").exists():
         splits["dev"] = datasets.load_from_disk(str(data / folder / "dev"))
-    return peers().task(file, splits, shots, "dev" if "dev" in splits else "validation")
-
-
-def peers() -> ModuleType:
-    """studies/bench/peers.py: how the benchmark calls lm-eval is what is tested here."""
-    path = Path(__file__).parents[1] / "studies" / "bench" / "peers.py"
-    spec = importlib.util.spec_from_file_location("peers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    # How the benchmark calls lm-eval is what is tested here.
+    return load_script("bench/peers.py").task(file, splits, shots, "dev" if "dev" in splits else "validation")
 
 
 def our_questions(

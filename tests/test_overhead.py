@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -15,19 +13,13 @@ from sqlalchemy import event
 from search import trials
 from search.storage import StudyStore
 from search.study import run
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def overhead() -> ModuleType:
     """studies/bench/overhead.py"""
-    path = Path(__file__).parents[1] / "studies" / "bench" / "overhead.py"
-    spec = importlib.util.spec_from_file_location("overhead", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["overhead"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench/overhead.py")
 
 
 @pytest.mark.parametrize("engine", ["optuna:nsga2", "pymoo:nsga2"])

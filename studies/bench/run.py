@@ -121,7 +121,7 @@ def _trial_rows(times: scoring.TrialTimes, faster: float, route: float) -> Itera
     )
     yield Row(
         f"answers equal to lm-eval's (acc and acc_norm), {times.shots} shots",
-        f"{times.equal} of {times.questions}, log-likelihoods within {times.gap:.1g}",
+        f"{times.equal} of {times.questions}, log-likelihoods within {times.gap:.2g}",
         "all",
         times.equal == times.questions,
     )
