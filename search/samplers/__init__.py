@@ -33,6 +33,11 @@ def make_engine(
         from search.samplers.pymoo_engine import PymooEngine
 
         return PymooEngine(config, groups, bounds, maximize)
+    if config.engine == "gradient":
+        from search.samplers.gradient_engine import GradientEngine
+
+        assert gradient is not None, "a study gives one"
+        return GradientEngine(config, groups, bounds, maximize, gradient)
     from search.samplers.optuna_engine import OptunaEngine
 
     return OptunaEngine(config, groups, bounds, maximize)
