@@ -16,6 +16,7 @@ from search.samplers import Engine, make_engine
 from search.samplers.gradient_engine import TOKENS, spread
 from search.storage import StudyStore, TrialRecord
 from search.study import BASELINES, create, run, set_budget
+from tests.conftest import Cli
 from tests.pico_study import write_study
 from tests.test_samplers import BEST, BOUNDS, GROUPS, LINE, record, slope
 
@@ -117,6 +118,15 @@ def test_cost_is_stored_with_the_trial(tmp_path: Path) -> None:
     tokens = materials.scorer.prepare(materials.questions.search)
     # Two steps of four: scored, forward, backward twice.
     assert [t.tags.get(TOKENS) for t in store.trials()] == [None] * FIRST + [2 * 4 * tokens] * 2
+
+
+def test_check_says_what_a_proposal_costs(tmp_path: Path, cli: Cli) -> None:
+    code, out, _ = cli("check", study(tmp_path))
+    assert code == 0
+    assert "search      gradient adam" in out
+    assert "gradient    8 times that before each trial is proposed" in out  # two steps of four
+    _, out, _ = cli("check", study(tmp_path, objectives=["accuracy", "brier"]))
+    assert "gradient    6 times that" in out
 
 
 @pytest.mark.parametrize(
