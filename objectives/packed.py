@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from objectives.tree_attention import Batch
 
@@ -51,8 +52,24 @@ class PackedModel:
     @torch.inference_mode()
     def prefix(self, tokens: tuple[int, ...]) -> Any:
         """The key-value cache of `tokens`, shared by later batches; None for no tokens."""
-        if not tokens:
-            return None
+        return _shared(self._keys_and_values(tokens)) if tokens else None
+
+    @torch.inference_mode()
+    def read(self, batch: Batch, cache: Any) -> npt.NDArray[np.float64]:
+        """`(r,)` float64: log-probability (natural) of the token of each of the batch's reads."""
+        picked: npt.NDArray[np.float64] = self._log_probability(batch, cache).double().cpu().numpy()
+        return picked
+
+    def prefix_in_graph(self, tokens: tuple[int, ...]) -> GraphPrefix | None:
+        """`prefix` for a backward pass; None for no tokens."""
+        return GraphPrefix(self._keys_and_values(tokens)) if tokens else None
+
+    def read_in_graph(self, batch: Batch, prefix: GraphPrefix | None) -> Tensor:
+        """`read` for a backward pass: a float32 tensor `(r,)` on the output head's device, with its graph."""
+        return self._log_probability(batch, None if prefix is None else prefix.cache)
+
+    def _keys_and_values(self, tokens: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer, `(1, heads, n, width)` each."""
         from transformers.cache_utils import DynamicCache
 
         n = len(tokens)
@@ -66,11 +83,9 @@ class PackedModel:
             past_key_values=cache,
             use_cache=True,
         )
-        return _shared(cache)
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
-    @torch.inference_mode()
-    def read(self, batch: Batch, cache: Any) -> npt.NDArray[np.float64]:
-        """`(r,)` float64: log-probability (natural) of the token of each of the batch's reads."""
+    def _log_probability(self, batch: Batch, cache: Any) -> Tensor:
         tokens, position, end = (
             torch.from_numpy(values).to(self._device) for values in (batch.tokens, batch.position, batch.end)
         )
@@ -83,17 +98,28 @@ class PackedModel:
         )[0]
         hidden = hidden.reshape(-1, hidden.shape[-1])
         nodes = torch.from_numpy(batch.nodes).to(hidden.device)
-        picked = np.empty(len(batch.reads))
         step = max(1, HEAD_VALUES // self._head.weight.shape[0])
+        parts, order = [], []
         for first in range(0, len(nodes), step):
-            logits = self._logits(hidden[nodes[first : first + step]])
             # Reads are grouped by option, nodes sorted: the reads of these nodes are found by value.
             mine = np.nonzero((batch.reads[:, 0] >= first) & (batch.reads[:, 0] < first + step))[0]
-            at = torch.from_numpy(batch.reads[mine, 0] - first).to(logits.device)
-            wanted = torch.from_numpy(batch.reads[mine, 1]).to(logits.device)
-            value = logits[at, wanted] - torch.logsumexp(logits, dim=-1)[at]
-            picked[mine] = value.double().cpu().numpy()
-        return picked
+            at = torch.from_numpy(batch.reads[mine, 0] - first)
+            wanted = torch.from_numpy(batch.reads[mine, 1])
+            read = (hidden[nodes[first : first + step]], at, wanted)
+            # A graph would keep the logits of every part until its end.
+            again = torch.is_grad_enabled() and len(nodes) > step
+            parts.append(
+                checkpoint(self._head_reads, *read, use_reentrant=False) if again else self._head_reads(*read)
+            )
+            order.append(mine)
+        place = torch.from_numpy(np.argsort(np.concatenate(order)))
+        return torch.cat(parts)[place.to(parts[0].device)]
+
+    def _head_reads(self, hidden: Tensor, at: Tensor, wanted: Tensor) -> Tensor:
+        """`(r,)`: log-probability of `wanted` tokens after the rows `at` of `hidden` `(u, width)`."""
+        logits = self._logits(hidden)
+        at, wanted = at.to(logits.device), wanted.to(logits.device)
+        return logits[at, wanted] - torch.logsumexp(logits, dim=-1)[at]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._head(hidden.to(self._head.weight.device))
@@ -143,8 +169,36 @@ def _windows(config: Any) -> tuple[int, tuple[str, ...]]:
     return int(window or 0), types
 
 
-def _shared(cache: Any) -> Any:
-    """A read-only view of a cache of one row, for batches of any size."""
+class GraphPrefix:
+    """A shared prefix that takes part in a backward pass, cut off from the batches that read it.
+
+    The graphs of the batches end at leaves with the prefix's keys and values, which sum up the gradients of all
+    batches; `backward` hands the sums down the prefix's own graph, once. So its tokens cost one forward and one
+    backward pass however many batches there are. And a graph of both would hold the gradient of every parameter from
+    the batch's part to the prefix's part: the memory of a whole model.
+
+    Attributes:
+        cache: for `read_in_graph`.
+    """
+
+    def __init__(self, keys_and_values: list[tuple[Tensor, Tensor]]) -> None:
+        self._computed = [tensor for pair in keys_and_values for tensor in pair]
+        self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._computed]
+        self.cache = _shared(list(zip(self._leaves[::2], self._leaves[1::2], strict=True)))
+
+    def backward(self) -> None:
+        """Ends the pass, after the last batch; the prefix cannot be used again."""
+        reached = [
+            (one, leaf.grad)
+            for one, leaf in zip(self._computed, self._leaves, strict=True)
+            if leaf.grad is not None
+        ]
+        if reached:
+            torch.autograd.backward([one for one, _ in reached], [gradient for _, gradient in reached])
+
+
+def _shared(keys_and_values: list[tuple[Tensor, Tensor]]) -> Any:
+    """A read-only cache of one row, for batches of any size."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class SharedLayer(DynamicLayer):  # type: ignore[misc]
@@ -158,9 +212,9 @@ def _shared(cache: Any) -> Any:
             )
 
     layers = []
-    for filled in cache.layers:
+    for keys, values in keys_and_values:
         layer = SharedLayer()
-        layer.lazy_initialization(filled.keys, filled.values)
-        layer.keys, layer.values = filled.keys, filled.values
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
         layers.append(layer)
     return Cache(layers=layers)

@@ -24,7 +24,7 @@ import torch
 from objectives.encoding import EncodedQuestion, encode_questions, max_length
 from objectives.packed import PackedModel, Unpackable
 from objectives.tree_attention import Batch, Group, build_row, make_batch, pack, plan_groups
-from search.errors import EvaluationError
+from search.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
     from objectives.tasks import Question
@@ -37,6 +37,7 @@ Progress = Callable[[int, int], None]
 CPU_BATCHES = (256, 512, 1024, 2048, 4096)
 GPU_BATCHES = (4096, 8192, 16384, 32768, 65536)
 WORTH = 1.03  # a larger batch must be that much faster: timings are noisy, and small batches pad less
+_SLOW = "scored one option at a time"
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +156,23 @@ class Scorer:
         """Sets tokens a batch to what was measured before."""
         self.batch_tokens, self.sized = batch_tokens, True
 
+    def packing(
+        self, questions: Sequence[Question]
+    ) -> tuple[PackedModel, list[EncodedQuestion], list[Group]]:
+        """What a pass of another kind over the questions needs: the model for token trees, and the trees.
+
+        Raises:
+            ConfigError: this model is scored one option at a time; the reason is named.
+        """
+        _, encoded, groups = self._plan(questions)
+        self._check()
+        if self._packed is None:
+            reason = next(note for note in self.notes if note.startswith(_SLOW))
+            raise ConfigError(
+                f"a backward pass needs a model that takes token trees, but this one is {reason}"
+            )
+        return self._packed, encoded, groups
+
     def _plan(
         self, questions: Sequence[Question]
     ) -> tuple[Sequence[Question], list[EncodedQuestion], list[Group]]:
@@ -178,7 +196,7 @@ class Scorer:
         groups: list[Group],
         progress: Progress | None,
     ) -> Scores:
-        total, tokens = _empty(encoded)
+        total, tokens = empty_scores(encoded)
         done = 0
         for group in groups:
             cache = packed.prefix(group.prefix)
@@ -229,7 +247,7 @@ class Scorer:
 
     def _fall_back(self, reason: str) -> None:
         self._packed = None
-        self.notes.append(f"scored one option at a time, which is slow: {' '.join(reason.split())[:300]}.")
+        self.notes.append(f"{_SLOW}, which is slow: {' '.join(reason.split())[:300]}.")
 
 
 def plain_loglikelihoods(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Scores:
@@ -239,7 +257,7 @@ def plain_loglikelihoods(model: Any, tokenizer: Any, questions: Sequence[Questio
 
 
 def _plain(model: Any, encoded: Sequence[EncodedQuestion], progress: Progress | None) -> Scores:
-    total, tokens = _empty(encoded)
+    total, tokens = empty_scores(encoded)
     device = model.get_input_embeddings().weight.device
     fed = 0
     with torch.inference_mode():
@@ -270,8 +288,8 @@ def _within_memory(
     return [pair for half in batch.halves() for pair in _within_memory(packed, half, cache)]
 
 
-def _empty(encoded: Sequence[EncodedQuestion]) -> tuple[Floats, Integers]:
-    """Zero sums with -inf padding, and the token counts."""
+def empty_scores(encoded: Sequence[EncodedQuestion]) -> tuple[Floats, Integers]:
+    """Log-likelihoods of no token yet, `(n, k)` float64 of 0 padded with -inf, and the options' tokens `(n, k)`."""
     k = max((len(question.sequences) for question in encoded), default=1)
     total = np.full((len(encoded), k), -np.inf)
     tokens = np.zeros((len(encoded), k), dtype=np.int64)

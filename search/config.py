@@ -18,6 +18,8 @@ from search.strict_yaml import load_yaml
 SCHEMA = 1
 OPTUNA_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc", "grid")
 PYMOO_ALGORITHMS = ("nsga2", "nsga3", "unsga3", "sms-emoa", "spea2", "ctaea")
+GRADIENT_METHODS = ("adam",)
+_SAMPLERS = {"optuna": OPTUNA_SAMPLERS, "pymoo": PYMOO_ALGORITHMS, "gradient": GRADIENT_METHODS}
 
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
@@ -136,19 +138,33 @@ class DiversityConfig(_Section):
 
 
 class SamplerConfig(_Section):
-    """What proposes the next recipe. `population` is for genetic algorithms, `startup` (random trials before the
-    model takes over) for tpe and gp, `points` (per group) for grid."""
+    """What proposes the next recipe.
 
-    engine: Literal["optuna", "pymoo"] = "optuna"
+    `population` is for genetic algorithms, `startup` (random trials before the model takes over) for tpe and gp,
+    `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of weights
+    between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient.
+    """
+
+    engine: Literal["optuna", "pymoo", "gradient"] = "optuna"
     name: str = "tpe"
     seed: int = Field(default=0, ge=0, lt=2**32)
     population: int | None = Field(default=None, ge=4, le=10_000)
     startup: int | None = Field(default=None, ge=0, le=10_000)
     points: int | None = Field(default=None, ge=2, le=1001)
+    steps: int | None = Field(default=None, ge=1, le=10_000)
+    rate: float | None = Field(default=None, gt=0.0, le=10.0)
+    weights: int | None = Field(default=None, ge=1, le=1000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_method(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("engine") == "gradient" and "name" not in value:
+            return {**value, "name": GRADIENT_METHODS[0]}
+        return value
 
     @model_validator(mode="after")
     def _known_sampler(self) -> SamplerConfig:
-        known = OPTUNA_SAMPLERS if self.engine == "optuna" else PYMOO_ALGORITHMS
+        known = _SAMPLERS[self.engine]
         if self.name not in known:
             raise ValueError(
                 f"name: {self.engine} has no '{self.name}' here. Choose one of: {', '.join(known)}"
@@ -158,6 +174,9 @@ class SamplerConfig(_Section):
             ("population", genetic),
             ("startup", self.name in ("tpe", "gp")),
             ("points", self.name == "grid"),
+            ("steps", self.engine == "gradient"),
+            ("rate", self.engine == "gradient"),
+            ("weights", self.engine == "gradient"),
         ):
             if getattr(self, key) is not None and not fits:
                 raise ValueError(f"{key}: does not go with {self.engine} {self.name}; remove it")
@@ -213,6 +232,21 @@ class StudyConfig(_Section):
                 raise ValueError(
                     f"objectives: {name} needs a model that compares answers; add diversity.equivalence"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _gradient_exists(self) -> StudyConfig:
+        if self.sampler.engine != "gradient":
+            return self
+        if self.merge.method != "linear":
+            raise ValueError("sampler: engine gradient needs merge.method linear")
+        from objectives.losses import stand_in
+
+        for name in self.objectives:
+            try:
+                stand_in(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
         return self
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from objectives.diversity import Diversity, DiversityMetric, measure_diversity
 from objectives.equivalence import EmbeddingEquivalence, EntailmentEquivalence, Equivalence
@@ -25,6 +25,9 @@ from search.merging.live import LiveModel
 from search.merging.parents import Parents
 from search.merging.placement import choose_device
 from search.space import CoefficientSpace, Recipe
+
+if TYPE_CHECKING:
+    from search.samplers import WeightedGradient
 
 Split = Literal["search", "report"]
 
@@ -122,6 +125,19 @@ class Materials:
     def evaluate(self, split: Split, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Scores the live model on one split."""
         return self.evaluator(split).evaluate(progress)
+
+    def gradient(self) -> WeightedGradient:
+        """Gradients on the search split of weighted sums of the objectives' stand-ins; each call moves the live model.
+
+        Raises:
+            ConfigError: merge.method is not linear, or an objective has no stand-in.
+        """
+        from objectives.losses import stand_in
+        from search.gradient import CoefficientGradient
+
+        losses = [stand_in(metric.name) for metric in self.metrics]
+        of = CoefficientGradient(self.live, self.space, self.scorer, self.questions.search, self.config.tasks)
+        return lambda coefficients, weights: of.scalarized(coefficients, losses, weights.tolist())
 
     def diversify(self, split: Split, tempering: float = 1.0) -> Diversity | None:
         """Samples answers of the live model to one split's prompts and measures them; None without such a section.

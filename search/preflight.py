@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from search.config import StudyConfig
 from search.materials import Materials
 from search.study import BASELINES
 
@@ -36,6 +37,8 @@ def describe(materials: Materials) -> list[str]:
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
     ]
+    if config.sampler.engine == "gradient":
+        lines.append(f"gradient    {_gradient_cost(config):,} times that before each trial is proposed")
     lines += [f"note        {note}" for note in materials.notes]
     if idle := _equal_groups(materials):
         lines.append(
@@ -55,6 +58,16 @@ def _equal_groups(materials: Materials) -> tuple[str, ...]:
         for group in materials.space.groups
         if all(torch.equal(pre.tensor(name), post.tensor(name)) for name in group.tensors)
     )
+
+
+def _gradient_cost(config: StudyConfig) -> int:
+    """Evaluations that one proposal of the gradient engine costs."""
+    from objectives.backward import passes
+    from objectives.losses import scalarized, stand_in
+    from search.samplers.gradient_engine import STEPS
+
+    losses = [stand_in(name) for name in config.objectives]
+    return (config.sampler.steps or STEPS) * passes(scalarized(losses, [1.0] * len(losses)))
 
 
 def _work(tokens: float, numbers: int) -> str:

@@ -38,7 +38,7 @@ from search.materials import Materials, Split
 from search.merging.placement import device_title
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
-from search.samplers import Engine, make_engine
+from search.samplers import Engine, WeightedGradient, make_engine
 from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
 
@@ -90,11 +90,17 @@ def run(
         TooManyFailuresError: several trials in a row failed. EvaluationError: a baseline failed.
         Interrupted: a signal; the trial under way is back in the queue.
     """
+
+    def gradient() -> WeightedGradient:
+        _size_batches(store, materials)  # called while a trial is drawn, so the store is held
+        return materials.gradient()
+
     engine = make_engine(
         materials.config.sampler,
         materials.space.names,
         (materials.space.low, materials.space.high),
         tuple(metric.maximize for metric in materials.metrics),
+        gradient,
     )
     evidence = EvidenceFolder(store.url, store.name)
     worker = _Worker(store, materials, evidence, engine, observer or Observer(), Stopwatch())
@@ -249,10 +255,17 @@ def size_batches(store: StudyStore, materials: Materials) -> int | None:
     if materials.config.batch_tokens is not None or materials.scorer.sized:
         return None
     with store.exclusive():
-        size = batch_tokens(store, materials.config, materials.device)
-        if size is None:
-            size = materials.scorer.measure(materials.questions.search)
-            store.set_attribute(_batch_key(materials.device), size)
+        return _size_batches(store, materials)
+
+
+def _size_batches(store: StudyStore, materials: Materials) -> int | None:
+    """`size_batches` for who holds the store."""
+    if materials.scorer.sized:
+        return None
+    size = batch_tokens(store, materials.config, materials.device)
+    if size is None:
+        size = materials.scorer.measure(materials.questions.search)
+        store.set_attribute(_batch_key(materials.device), size)
     materials.scorer.use(size)
     return size
 

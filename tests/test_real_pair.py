@@ -27,7 +27,9 @@ def test_packed_equals_plain(side: str, form: Any, shots: int) -> None:
     """Options of 1 to some 20 tokens; within 1e-4 in float32."""
     model = AutoModelForCausalLM.from_pretrained(BUILD / side, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(BUILD / side)
-    task = TaskConfig(path=str(BUILD / "data" / "arc_easy.jsonl"), format=form, shots=shots, limit=4 if shots else 12)
+    task = TaskConfig(
+        path=str(BUILD / "data" / "arc_easy.jsonl"), format=form, shots=shots, limit=4 if shots else 12
+    )
     found = load_questions([task], SplitConfig(), tokenizer)
     questions = (*found.search, *found.report)
     scorer = Scorer(model, tokenizer)

@@ -7,15 +7,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from search.config import OPTUNA_SAMPLERS, PYMOO_ALGORITHMS, SamplerConfig
+from search.config import GRADIENT_METHODS, OPTUNA_SAMPLERS, PYMOO_ALGORITHMS, SamplerConfig
 from search.errors import ConfigError
+from search.gradient import LossGradient
 from search.samplers import Engine, make_engine
 from search.storage import State, TrialRecord
 
 GROUPS = ("embeddings", "layer.0.attention", "layer.0.mlp")
 BOUNDS = (-0.2, 1.2)
 LINE = tuple(i / 10 for i in range(11))
-ALL = [("optuna", name) for name in OPTUNA_SAMPLERS] + [("pymoo", name) for name in PYMOO_ALGORITHMS]
+ALL = [
+    *(("optuna", name) for name in OPTUNA_SAMPLERS),
+    *(("pymoo", name) for name in PYMOO_ALGORITHMS),
+    *(("gradient", name) for name in GRADIENT_METHODS),
+]
 every_engine = pytest.mark.parametrize(("engine", "name"), ALL)
 
 
@@ -31,9 +36,18 @@ def config(engine: str, name: str, seed: int = 0) -> SamplerConfig:
     )
 
 
+BEST = np.array([[0.9, 0.2, 0.6], [0.1, 0.1, 0.9]])  # of each objective
+
+
 def objective(x: Sequence[float]) -> tuple[float, ...]:
     a = np.asarray(x)
-    return float(1 - ((a - [0.9, 0.2, 0.6]) ** 2).sum()), float(((a - [0.1, 0.1, 0.9]) ** 2).sum())
+    return float(1 - ((a - BEST[0]) ** 2).sum()), float(((a - BEST[1]) ** 2).sum())
+
+
+def slope(x: np.ndarray, weights: np.ndarray, /) -> LossGradient:
+    """Of the weighted sum of squared distances; with three objectives the third is the first once more."""
+    away = x - np.vstack([BEST, BEST[0]])[: len(weights)]
+    return LossGradient(float(weights @ (away**2).sum(axis=1)), 2 * weights @ away, tokens=30)
 
 
 def record(
@@ -67,7 +81,7 @@ def run(
 @every_engine
 def test_a_resumed_engine_proposes_what_an_uninterrupted_one_does(engine: str, name: str) -> None:
     def make() -> Engine:
-        return make_engine(config(engine, name), GROUPS, BOUNDS, (True, False))
+        return make_engine(config(engine, name), GROUPS, BOUNDS, (True, False), lambda: slope)
 
     trials = 17 if name == "gp" else 44
     failing = frozenset({13, 21})
@@ -83,7 +97,9 @@ def test_a_resumed_engine_proposes_what_an_uninterrupted_one_does(engine: str, n
 def test_two_seeds_are_two_searches(engine: str, name: str) -> None:
     first, second = (
         run(
-            lambda seed=seed: make_engine(config(engine, name, seed), GROUPS, BOUNDS, (True, False)),
+            lambda seed=seed: make_engine(
+                config(engine, name, seed), GROUPS, BOUNDS, (True, False), lambda: slope
+            ),
             16,
             fresh=False,
         )  # type: ignore[misc]
@@ -95,7 +111,7 @@ def test_two_seeds_are_two_searches(engine: str, name: str) -> None:
 @every_engine
 def test_running_trials_of_other_workers_do_not_stop_it(engine: str, name: str) -> None:
     """Four workers: results arrive in another order than the draws, and after the next generation began."""
-    one = make_engine(config(engine, name), GROUPS, BOUNDS, (True, False))
+    one = make_engine(config(engine, name), GROUPS, BOUNDS, (True, False), lambda: slope)
     history: list[TrialRecord] = []
     for number in range(40 if name != "gp" else 16):
         history.append(record(one, number, "running", history))
@@ -107,7 +123,9 @@ def test_running_trials_of_other_workers_do_not_stop_it(engine: str, name: str) 
                 history[place] = TrialRecord(
                     place, done.kind, "complete", done.coefficients, values, {}, done.tags, None
                 )
-    another = make_engine(config(engine, name), GROUPS, BOUNDS, (True, False)).propose(history, len(history))
+    another = make_engine(config(engine, name), GROUPS, BOUNDS, (True, False), lambda: slope).propose(
+        history, len(history)
+    )
     assert set(another.coefficients) == set(GROUPS)
 
 
@@ -117,7 +135,7 @@ def test_the_uniform_line_breeds(engine: str, name: str) -> None:
 
     All random members of the first generation are made worse than every baseline, so children stem from the line.
     """
-    one = make_engine(config(engine, name), GROUPS, (0.0, 1.0), (True, False))
+    one = make_engine(config(engine, name), GROUPS, (0.0, 1.0), (True, False), lambda: slope)
     history: list[TrialRecord] = []
     for number in range(60):
         new = record(one, number, "complete", history)
@@ -136,7 +154,7 @@ def test_the_uniform_line_breeds(engine: str, name: str) -> None:
 def test_hundreds_of_generations_are_taken_up(name: str) -> None:
     """Optuna selects the parents of a generation from those of the one before, and so on to the first."""
     config = SamplerConfig(name=name, population=4)
-    one = make_engine(config, GROUPS, BOUNDS, (True, False))
+    one = make_engine(config, GROUPS, BOUNDS, (True, False), lambda: slope)
     (key,) = one.baseline_tags(0)
     rng = np.random.default_rng(0)
     history = []
@@ -151,7 +169,7 @@ def test_hundreds_of_generations_are_taken_up(name: str) -> None:
 def test_one_and_three_objectives() -> None:
     for engine, name in ALL:
         for maximize in ((True,), (True, False, False)):
-            one = make_engine(config(engine, name), GROUPS, BOUNDS, maximize)
+            one = make_engine(config(engine, name), GROUPS, BOUNDS, maximize, lambda: slope)
             history: list[TrialRecord] = []
             for number in range(30 if name != "gp" else 14):
                 new = record(one, number, "running", history)

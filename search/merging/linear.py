@@ -94,6 +94,30 @@ def weighted_sum(
             )
 
 
+def coefficient_derivative(gradient: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> float:
+    """Derivative of a loss by the coefficient c of a linear merge T = (1 - c) pre + c post: `<dLoss/dT, post - pre>`.
+
+    Works in chunks, so that no tensor is held a second time.
+
+    Args:
+        gradient: dLoss/dT `(...)`, any floating dtype, on any device.
+        pre, post: the parents' tensors of the same shape; differences in float32, their sum in float64.
+
+    Raises:
+        MergeError: shapes or the parents' dtypes differ.
+    """
+    _check_pair(pre, post)
+    if gradient.shape != pre.shape:
+        raise MergeError(f"merge: gradient of shape {tuple(gradient.shape)} for {tuple(pre.shape)}.")
+    flat, device = gradient.reshape(-1), gradient.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, flat.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        a, b = (one.reshape(-1)[part].to(device, non_blocking=True).float() for one in (pre, post))
+        total += (flat[part].double() * (b - a)).sum()
+    return float(total)
+
+
 def _fill_in_cache(
     pre: torch.Tensor, post: torch.Tensor, w_pre: float, w_post: float, target: torch.Tensor
 ) -> None:

@@ -52,6 +52,11 @@ class LiveModel:
                     f"{dtype_name(target.dtype)} (wanted {dtype_name(self.dtype)}). Use merge.dtype float32."
                 )
 
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Stored tensor name -> the model's parameter, a shared one once; stored buffers are left out."""
+        known = dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: known[key] for name, key in self.parents.parameter.items() if key in known}
+
     @torch.no_grad()
     def apply(self, coefficients: Mapping[str, float], method: str = "linear") -> None:
         """Overwrite every parameter with the merge of the parents at these coefficients.

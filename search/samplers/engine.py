@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search.storage import TrialRecord
+
+if TYPE_CHECKING:
+    from search.gradient import LossGradient
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,14 @@ class Proposal:
 
     coefficients: Mapping[str, float]
     tags: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WeightedGradient(Protocol):
+    """Gradients of weighted sums of losses, one loss for each objective of a study."""
+
+    def __call__(self, coefficients: NDArray[np.float64], weights: NDArray[np.float64], /) -> LossGradient:
+        """At coefficients `(groups,)`, for weights `(objectives,)`; a function of the two and nothing else."""
+        ...
 
 
 class Engine(Protocol):

@@ -1,0 +1,153 @@
+"""The gradient of a loss by the coefficients of a linear merge: one backward pass gives all groups at once.
+
+    T_g(c) = (1 - c_g) pre_g + c_g post_g        dLoss/dc_g = sum over the group's tensors of <dLoss/dT, post - pre>
+
+A parameter's gradient is multiplied with `post - pre` as soon as it is complete, and freed: beside the activations of
+one batch the pass needs the memory of the largest gradient, not of all. (A tied embedding's gradient is complete only
+at the end of a pass, since the head is at its beginning.) The parents stay on disk, mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from objectives.backward import backpropagate
+from objectives.losses import Loss, scalarized
+from search.errors import ConfigError, EvaluationError
+from search.merging.linear import coefficient_derivative
+from search.merging.live import LiveModel
+from search.space import CoefficientSpace, Recipe
+
+if TYPE_CHECKING:
+    from objectives.scoring import Scorer
+    from objectives.tasks import Question
+    from search.config import TaskConfig
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class LossGradient:
+    """A loss at one recipe, and where it rises.
+
+    Attributes:
+        loss: mean over the questions; lower is better.
+        gradient: `(groups,)` float64, derivative by each coefficient, in the order of the space.
+        tokens: scored tokens it cost: each token forward counts one, backward two more.
+    """
+
+    loss: float
+    gradient: Floats
+    tokens: int
+
+
+class CoefficientGradient:
+    """Losses and gradients of recipes on one list of questions.
+
+    Args:
+        live: takes on the weights of every recipe that is asked for.
+        space: groups and their order.
+        scorer: of the live model.
+        questions: at least one, all of them used for every gradient.
+        tasks: the study's tasks; `normalize` is read from them.
+
+    Raises:
+        ConfigError: the space's method is not linear; or a tensor that differs between the parents is no parameter.
+    """
+
+    def __init__(
+        self,
+        live: LiveModel,
+        space: CoefficientSpace,
+        scorer: Scorer,
+        questions: Sequence[Question],
+        tasks: Sequence[TaskConfig],
+    ) -> None:
+        if space.method != "linear":
+            raise ConfigError(f"merge.method: found {space.method}: a gradient needs merge.method linear.")
+        self.space = space
+        self._live, self._scorer = live, scorer
+        self._questions, self._tasks = questions, tasks
+        self._moving = self._differing()
+
+    def at(self, recipe: Recipe, loss: Loss) -> LossGradient:
+        """The loss and its gradient at a recipe; the live model holds that recipe afterwards.
+
+        A group whose tensors are equal in both parents has a gradient of exactly 0.
+
+        Raises:
+            MergeError: the recipe does not fit the space. ConfigError: the model does not take token trees.
+            EvaluationError: scores or gradient are not finite, or do not fit into memory.
+        """
+        self._live.apply(self.space.by_tensor(recipe), recipe.method)
+        gradient = np.zeros(self.space.dim)
+        try:
+            with torch.enable_grad(), self._collecting(gradient):
+                found = backpropagate(self._scorer, self._questions, self._tasks, loss)
+        except torch.OutOfMemoryError as error:
+            raise EvaluationError(
+                "gradient: does not fit into memory. Give a smaller batch_tokens."
+            ) from error
+        if not np.isfinite(gradient).all():
+            group = self.space.names[int(np.flatnonzero(~np.isfinite(gradient))[0])]
+            raise EvaluationError(
+                f"gradient: not finite in group {group}. Use merge.dtype float32 or bfloat16."
+            )
+        return LossGradient(found.loss, gradient, found.tokens)
+
+    def scalarized(
+        self, coefficients: Floats, losses: Sequence[Loss], weights: Sequence[float]
+    ) -> LossGradient:
+        """`at`, of a vector `(groups,)` and the weighted sum of several losses."""
+        return self.at(self.space.from_vector(coefficients), scalarized(losses, weights))
+
+    def _differing(self) -> list[tuple[str, int, torch.nn.Parameter]]:
+        """(tensor, group, parameter) of every tensor that depends on its coefficient.
+
+        The others need no gradient: fine-tuning often leaves the embeddings, the largest of all, as they were.
+        """
+        pre, post = self._live.parents.pre, self._live.parents.post
+        parameters = self._live.parameters()
+        found = []
+        for index, group in enumerate(self.space.groups):
+            for name in group.tensors:
+                if torch.equal(pre.tensor(name), post.tensor(name)):
+                    continue
+                if name not in parameters:
+                    raise ConfigError(f"gradient: tensor {name} is a buffer of this model, not a parameter.")
+                found.append((name, index, parameters[name]))
+        return found
+
+    @contextmanager
+    def _collecting(self, gradient: Floats) -> Iterator[None]:
+        """Adds every parameter's part to its group while the block runs."""
+        hooks = []
+        try:
+            for name, group, parameter in self._moving:
+                parameter.requires_grad_(True)
+                hook = self._hook(name, group, gradient)
+                hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+            for _, _, parameter in self._moving:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def _hook(self, name: str, group: int, gradient: Floats) -> Callable[[torch.Tensor], None]:
+        pre, post = self._live.parents.pre, self._live.parents.post
+
+        def collect(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None, "the hook runs once it is there"
+            gradient[group] += coefficient_derivative(parameter.grad, pre.tensor(name), post.tensor(name))
+            parameter.grad = None
+
+        return collect
