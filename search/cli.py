@@ -122,6 +122,9 @@ def resume(
         str | None,
         typer.Option(metavar="N", help="New number of search trials, or +N to extend a finished study."),
     ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="New number of scored tokens to spend at most.")
+    ] = None,
     workers: Workers = 1,
     overrides: Set = [],  # noqa: B006
     device: Device = "auto",
@@ -131,13 +134,14 @@ def resume(
 ) -> None:
     """Continues a study from its storage alone. A finished one is left as it is."""
     from search.opening import reopen
-    from search.study import set_budget
+    from search.study import set_budget, set_tokens
 
     with interruptible():
         store, materials = reopen(
             _url(storage, _study_name(name)), _study_name(name), device, overrides, grace=grace
         )
         set_budget(store, trials)
+        set_tokens(store, tokens)
         _run(store, materials, workers, device, overrides, as_worker=as_worker, profile=profile)
 
 

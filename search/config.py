@@ -24,7 +24,7 @@ _SAMPLERS = {"optuna": OPTUNA_SAMPLERS, "pymoo": PYMOO_ALGORITHMS, "gradient": G
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
 _NOT_IDENTITY = re.compile(
-    r"^(trials|parents\.(pre|post)|tasks\.\d+\.path|diversity\.(prompts|equivalence))$"
+    r"^(trials|tokens|parents\.(pre|post)|tasks\.\d+\.path|diversity\.(prompts|equivalence))$"
 )
 
 
@@ -186,6 +186,9 @@ class SamplerConfig(_Section):
 class StudyConfig(_Section):
     """A whole study file.
 
+    The search ends after `trials` trials beyond the baselines, or before the trial with which it could exceed `tokens`
+    scored tokens (baselines, proposals and partial evaluations counted; the report split is not), whichever is first.
+
     `batch_tokens` is how many tokens are scored at once, padding counted; without it the study measures what is
     fastest on each kind of device and keeps to it. Another number changes the last bits of the scores, so give one
     where two studies shall be equal bit by bit.
@@ -204,6 +207,7 @@ class StudyConfig(_Section):
     diversity: DiversityConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
     trials: int = Field(default=64, ge=0, le=1_000_000)
+    tokens: int | None = Field(default=None, ge=1, le=2**53)
     batch_tokens: int | None = Field(default=None, ge=1, le=2**24)
 
     @field_validator("objectives")

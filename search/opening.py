@@ -38,6 +38,7 @@ def create(
             store.set_attribute("identity", materials.identity)
             store.set_attribute("facts", _facts(materials))
             store.set_attribute("trials", config.trials)
+            store.set_attribute("tokens", config.tokens)
             store.set_attribute("config", config.to_json())  # last: its presence says that the study is whole
             return store, materials
     if fresh:
@@ -54,6 +55,7 @@ def create(
     # Places may have moved: other workers and `export` look where this file says.
     if stored != config.to_json():
         store.set_attribute("config", config.to_json())
+        store.set_attribute("tokens", config.tokens)
     return store, materials
 
 
@@ -92,6 +94,8 @@ def moved_config(store: StudyStore, overrides: Sequence[str]) -> StudyConfig:
     changed = differences(stored, config)
     if config.trials != stored.trials:
         changed = ["trials (give --trials instead)"]
+    if config.tokens != stored.tokens:
+        changed = ["tokens (give --tokens instead)"]
     if changed:
         raise ConfigError(f"study '{store.name}': only places may be set when resuming, found {changed[0]}.")
     return config

@@ -18,7 +18,12 @@ STATES: tuple[State, ...] = ("complete", "running", "waiting", "failed")
 
 @dataclass(frozen=True)
 class Status:
-    """Counts and rates; `hypervolume` over the corner of the parents' worst values, None until both are scored."""
+    """Counts and rates.
+
+    Attributes:
+        hypervolume: over the corner of the parents' worst values, None until both are scored.
+        tokens: scored on the search split so far, proposals included; token_limit: how many may be, None for any.
+    """
 
     study: str
     storage: str
@@ -28,6 +33,8 @@ class Status:
     hypervolume: float | None
     seconds_per_trial: float | None
     failures: tuple[str, ...]
+    tokens: int
+    token_limit: int | None
 
     @property
     def to_go(self) -> int:
@@ -49,6 +56,8 @@ class Status:
             "hypervolume": self.hypervolume,
             "seconds_per_trial": self.seconds_per_trial,
             "seconds_left": self.seconds_left,
+            "tokens": self.tokens,
+            "token_limit": self.token_limit,
             "failures": list(self.failures),
         }
 
@@ -62,6 +71,8 @@ class Status:
         lines = [f"study        {self.study}", f"storage      {self.storage}"]
         lines += [f"trials       {states}; {self.to_go} of {self.total} to go"]
         lines += [f"front        {self.front} trials, hypervolume {volume}"]
+        limit = "" if self.token_limit is None else f" of {self.token_limit:,}"
+        lines += [f"tokens       {self.tokens:,}{limit} scored on the search split"]
         if self.seconds_per_trial is not None:
             left = "" if not self.to_go else f", {self.seconds_left:.0f} s left for one worker"
             lines.append(f"pace         {self.seconds_per_trial:.2f} s/trial{left}")
@@ -90,6 +101,8 @@ def read_status(store: StudyStore) -> Status:
             for r in records
             if r.state == "failed"
         ),
+        tokens=sum(record.tokens for record in records),
+        token_limit=store.attribute("tokens"),
     )
 
 

@@ -79,6 +79,13 @@ def set_budget(store: StudyStore, text: str | int | None) -> int:
     return budget
 
 
+def set_tokens(store: StudyStore, tokens: int | None) -> None:
+    """Sets the scored tokens that the study may take, unless None is given; what is spent stays spent."""
+    if tokens is not None:
+        with store.exclusive():
+            store.set_attribute("tokens", tokens)
+
+
 def run(
     store: StudyStore, materials: Materials, observer: Observer | None = None, *, report: bool = True
 ) -> None:
@@ -141,6 +148,8 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
     if given_out >= len(BASELINES) + int(store.attribute("trials")):
         return None
     missing = _missing_baseline(history, space)
+    if missing is None and not _affordable(worker, history):
+        return None
     if missing is not None:
         kind, coefficient = BASELINES[missing]
         recipe, tags = space.uniform(coefficient), engine.baseline_tags(missing)
@@ -156,6 +165,16 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
         {"method": recipe.method, "recipe": recipe.key},
         tags,
     )
+
+
+def _affordable(worker: _Worker, history: Sequence[TrialRecord]) -> bool:
+    """Whether the study's tokens, if it counts them, suffice for one more evaluation beside those under way."""
+    limit = worker.store.attribute("tokens")
+    if limit is None:
+        return True
+    open_ = sum(record.state in ("running", "waiting") for record in history)
+    due = (open_ + 1) * worker.materials.evaluator("search").tokens
+    return sum(record.tokens for record in history) + due <= int(limit)
 
 
 def _missing_baseline(history: Sequence[TrialRecord], space: CoefficientSpace) -> int | None:
@@ -223,7 +242,10 @@ def _measured(worker: _Worker, trial: TrialRecord) -> tuple[list[float], dict[st
             raise EvaluationError(f"{metric.name}: found {value}, wanted a finite number.")
         values.append(value)
     with worker.watch.measuring("store"):
-        attributes = {"evidence": worker.evidence.save(evaluation)}
+        attributes: dict[str, Any] = {
+            "evidence": worker.evidence.save(evaluation),
+            "tokens": evaluation.scored_tokens,
+        }
         if diversity is not None:
             attributes["diversity"] = worker.evidence.save(diversity)
         return values, attributes

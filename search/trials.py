@@ -19,6 +19,7 @@ from sqlalchemy import Connection, DateTime, Engine, TableClause, column, select
 
 State = Literal["complete", "failed", "running", "waiting"]
 
+PROPOSAL_TOKENS = "mergefront:proposal_tokens"  # tag of a trial: what its engine spent on the proposal
 BATCH = 500  # trials a statement: databases limit the values in one
 
 _STATES: dict[str, State] = {
@@ -63,6 +64,11 @@ class TrialRecord:
     attributes: Mapping[str, Any]
     tags: Mapping[str, Any]  # what the engine that proposed it wants to find again
     seconds: float | None
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens that this trial took: its evaluation on the search split, and what proposing it cost."""
+        return int(self.attributes.get("tokens", 0)) + int(self.tags.get(PROPOSAL_TOKENS, 0))
 
     @property
     def finished(self) -> bool:

@@ -14,9 +14,10 @@ from search.config import SamplerConfig, load_study_file
 from search.errors import ConfigError
 from search.opening import create
 from search.samplers import Engine, make_engine
-from search.samplers.gradient_engine import TOKENS, spread
+from search.samplers.gradient_engine import spread
 from search.storage import StudyStore, TrialRecord
 from search.study import BASELINES, run, set_budget
+from search.trials import PROPOSAL_TOKENS
 from tests.conftest import Cli
 from tests.pico_study import write_study
 from tests.test_samplers import BEST, BOUNDS, GROUPS, LINE, record, slope
@@ -62,7 +63,11 @@ def test_a_descent_starts_at_the_best_baseline_and_goes_on_where_it_was() -> Non
 def test_the_split_of_steps_over_trials_does_not_matter() -> None:
     fine, coarse = (history_of(engine(weights=1, steps=s), FIRST + n) for s, n in ((1, 12), (4, 3)))
     assert fine[-1].coefficients == coarse[-1].coefficients
-    assert sum(r.tags[TOKENS] for r in fine[FIRST:]) == sum(r.tags[TOKENS] for r in coarse[FIRST:]) == 12 * 30
+    assert (
+        sum(r.tags[PROPOSAL_TOKENS] for r in fine[FIRST:])
+        == sum(r.tags[PROPOSAL_TOKENS] for r in coarse[FIRST:])
+        == 12 * 30
+    )
 
 
 def test_a_failed_end_is_left_and_an_unfinished_one_is_not_waited_for() -> None:
@@ -118,7 +123,7 @@ def test_cost_is_stored_with_the_trial(tmp_path: Path) -> None:
     run(store, materials, report=False)
     tokens = materials.scorer.prepare(materials.questions.search)
     # Two steps of four: scored, forward, backward twice.
-    assert [t.tags.get(TOKENS) for t in store.trials()] == [None] * FIRST + [2 * 4 * tokens] * 2
+    assert [t.tags.get(PROPOSAL_TOKENS) for t in store.trials()] == [None] * FIRST + [2 * 4 * tokens] * 2
 
 
 def test_check_says_what_a_proposal_costs(tmp_path: Path, cli: Cli) -> None:

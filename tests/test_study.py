@@ -19,7 +19,7 @@ from search.observer import Observer
 from search.opening import create
 from search.samplers import Proposal
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, front_of, run, set_budget
+from search.study import BASELINES, front_of, run, set_budget, set_tokens
 from tests.pico_study import write_study
 
 FIRST = len(BASELINES)
@@ -184,3 +184,21 @@ def test_other_methods_and_dtypes(tmp_path: Path, merge: dict[str, str]) -> None
     store, materials = create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
     run(store, materials)
     assert all(t.state == "complete" for t in store.trials())
+
+
+def test_a_budget_of_tokens_is_never_exceeded(opened: tuple[StudyStore, Materials]) -> None:
+    store, materials = opened
+    full = materials.evaluator("search").tokens
+    set_tokens(store, (FIRST + 3) * full + full // 2)
+    run(store, materials, report=False)
+    assert [record.tokens for record in store.trials()] == [full] * (FIRST + 3)
+    set_tokens(store, (FIRST + 20) * full)
+    run(store, materials, report=False)
+    assert len(store.trials()) == FIRST + 6, "its six trials end it first"
+
+
+def test_baselines_are_scored_whatever_the_budget_of_tokens(opened: tuple[StudyStore, Materials]) -> None:
+    store, materials = opened
+    set_tokens(store, 1)
+    run(store, materials, report=False)
+    assert len(store.trials()) == FIRST

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from search.config import SamplerConfig
 from search.samplers.engine import Proposal, WeightedGradient, seed_of
 from search.storage import TrialRecord
+from search.trials import PROPOSAL_TOKENS
 
 STEPS = 4
 RATE = 0.1
 WEIGHTS = 5
 DECAY = (0.9, 0.999)  # of Adam's first and second moment
 EPSILON = 1e-8
-TOKENS = "mergefront:gradient_tokens"  # what a proposal cost, in scored tokens
 _DESCENT = "mergefront:descent"
 _ADAM = "mergefront:adam"
 
@@ -75,7 +75,7 @@ class GradientEngine:
             here = gradient(x, weights)
             x = np.clip(x + adam.step(here.gradient), *self._bounds)
             tokens += here.tokens
-        tags = {_DESCENT: turn, _ADAM: adam.to_json(), TOKENS: tokens}
+        tags = {_DESCENT: turn, _ADAM: adam.to_json(), PROPOSAL_TOKENS: tokens}
         return Proposal({group: float(c) for group, c in zip(self._groups, x, strict=True)}, tags)
 
     def _start(self, history: Sequence[TrialRecord], weights: Floats) -> Floats:
