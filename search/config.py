@@ -18,8 +18,13 @@ from search.strict_yaml import load_yaml
 SCHEMA = 1
 OPTUNA_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc", "grid")
 PYMOO_ALGORITHMS = ("nsga2", "nsga3", "unsga3", "sms-emoa", "spea2", "ctaea")
-GRADIENT_METHODS = ("adam",)
-_SAMPLERS = {"optuna": OPTUNA_SAMPLERS, "pymoo": PYMOO_ALGORITHMS, "gradient": GRADIENT_METHODS}
+_SAMPLERS = {
+    "optuna": OPTUNA_SAMPLERS,
+    "pymoo": PYMOO_ALGORITHMS,
+    "gradient": ("adam",),
+    "composite": ("gp",),
+    "line": ("uniform",),
+}
 
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
@@ -145,7 +150,7 @@ class SamplerConfig(_Section):
     between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient.
     """
 
-    engine: Literal["optuna", "pymoo", "gradient"] = "optuna"
+    engine: Literal["optuna", "pymoo", "gradient", "composite", "line"] = "optuna"
     name: str = "tpe"
     seed: int = Field(default=0, ge=0, lt=2**32)
     population: int | None = Field(default=None, ge=4, le=10_000)
@@ -157,10 +162,9 @@ class SamplerConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_method(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("engine") == "gradient" and "name" not in value:
-            return {**value, "name": GRADIENT_METHODS[0]}
-        return value
+    def _only_name(cls, value: Any) -> Any:
+        names = _SAMPLERS.get(str(value.get("engine")), ()) if isinstance(value, dict) else ()
+        return {"name": names[0], **value} if len(names) == 1 else value
 
     @model_validator(mode="after")
     def _known_sampler(self) -> SamplerConfig:
@@ -172,7 +176,7 @@ class SamplerConfig(_Section):
         genetic = self.engine == "pymoo" or self.name in ("nsga2", "nsga3")
         for key, fits in (
             ("population", genetic),
-            ("startup", self.name in ("tpe", "gp")),
+            ("startup", self.name in ("tpe", "gp")),  # gp: Optuna's, and the composite engine's
             ("points", self.name == "grid"),
             ("steps", self.engine == "gradient"),
             ("rate", self.engine == "gradient"),
@@ -236,6 +240,16 @@ class StudyConfig(_Section):
                 raise ValueError(
                     f"objectives: {name} needs a model that compares answers; add diversity.equivalence"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_are_modelled(self) -> StudyConfig:
+        sampled = [name for name in self.objectives if name in DIVERSITY_NAMES]
+        if self.sampler.engine == "composite" and sampled:
+            raise ValueError(
+                f"sampler: engine composite predicts answers to questions, but {sampled[0]} is measured on sampled "
+                "ones; use another engine"
+            )
         return self
 
     @model_validator(mode="after")

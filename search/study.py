@@ -38,7 +38,7 @@ from search.materials import Materials, Split
 from search.merging.placement import device_title
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
-from search.samplers import Engine, WeightedGradient, make_engine
+from search.samplers import Engine, Sources, WeightedGradient, make_engine
 from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
 
@@ -102,14 +102,14 @@ def run(
         _size_batches(store, materials)  # called while a trial is drawn, so the store is held
         return materials.gradient()
 
-    engine = make_engine(
-        materials.config.sampler,
-        materials.space.names,
-        (materials.space.low, materials.space.high),
-        tuple(metric.maximize for metric in materials.metrics),
-        gradient,
-    )
     evidence = EvidenceFolder(store.url, store.name)
+
+    def answers(record: TrialRecord) -> Evaluation:
+        return evidence.load(str(record.attributes["evidence"]))
+
+    bounds = (materials.space.low, materials.space.high)
+    sources = Sources(materials.metrics, gradient, answers)
+    engine = make_engine(materials.config.sampler, materials.space.names, bounds, sources)
     worker = _Worker(store, materials, evidence, engine, observer or Observer(), Stopwatch())
     before = store.trials()
     worker.observer.started(before, len(BASELINES) + int(store.attribute("trials")))

@@ -20,14 +20,14 @@ from search.study import BASELINES, run, set_budget
 from search.trials import PROPOSAL_TOKENS
 from tests.conftest import Cli
 from tests.pico_study import write_study
-from tests.test_samplers import BEST, BOUNDS, GROUPS, LINE, record, slope
+from tests.test_samplers import BEST, BOUNDS, GROUPS, LINE, record, sources
 
 FIRST = len(BASELINES)
 
 
 def engine(**keys: Any) -> Engine:
     config = SamplerConfig(engine="gradient", name="adam", **keys)
-    return make_engine(config, GROUPS, BOUNDS, (True, False), lambda: slope)
+    return make_engine(config, GROUPS, BOUNDS, sources())
 
 
 def history_of(one: Engine, trials: int) -> list[TrialRecord]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from objectives.metrics import Metric
 from search.config import SamplerConfig
-from search.samplers.engine import Engine, Proposal, WeightedGradient
+from search.samplers.engine import Engine, Proposal, Sources, WeightedGradient
 
-__all__ = ["Engine", "Proposal", "WeightedGradient", "make_engine"]
+__all__ = ["Engine", "Proposal", "Sources", "WeightedGradient", "make_engine"]
 
 
 def make_engine(
-    config: SamplerConfig,
-    groups: tuple[str, ...],
-    bounds: tuple[float, float],
-    maximize: tuple[bool, ...],
-    gradient: Callable[[], WeightedGradient] | None = None,
+    config: SamplerConfig, groups: tuple[str, ...], bounds: tuple[float, float], sources: Sources
 ) -> Engine:
     """The engine of a study file's `sampler` section.
 
@@ -23,21 +18,31 @@ def make_engine(
         config: engine, name, seed and options.
         groups: names of the coefficients, the order of a vector.
         bounds: (low, high) of every coefficient.
-        maximize: one flag an objective.
-        gradient: for an engine that follows gradients: called at its first proposal, since it needs the live model.
+        sources: what the engine may look at beside the trials.
 
     Raises:
         ConfigError: the sampler cannot work in this space.
     """
-    if config.engine == "pymoo":
-        from search.samplers.pymoo_engine import PymooEngine
+    maximize = tuple(metric.maximize for metric in sources.metrics)
+    match config.engine:
+        case "pymoo":
+            from search.samplers.pymoo_engine import PymooEngine
 
-        return PymooEngine(config, groups, bounds, maximize)
-    if config.engine == "gradient":
-        from search.samplers.gradient_engine import GradientEngine
+            return PymooEngine(config, groups, bounds, maximize)
+        case "gradient":
+            from search.samplers.gradient_engine import GradientEngine
 
-        assert gradient is not None, "a study gives one"
-        return GradientEngine(config, groups, bounds, maximize, gradient)
-    from search.samplers.optuna_engine import OptunaEngine
+            return GradientEngine(config, groups, bounds, maximize, sources.gradient)
+        case "composite":
+            from search.samplers.composite_engine import CompositeEngine
 
-    return OptunaEngine(config, groups, bounds, maximize)
+            metrics = [metric for metric in sources.metrics if isinstance(metric, Metric)]
+            return CompositeEngine(config, groups, bounds, metrics, sources.answers)
+        case "line":
+            from search.samplers.line_engine import LineEngine
+
+            return LineEngine(config, groups, bounds)
+        case "optuna":
+            from search.samplers.optuna_engine import OptunaEngine
+
+            return OptunaEngine(config, groups, bounds, maximize)

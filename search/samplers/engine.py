@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from search.storage import TrialRecord
 
 if TYPE_CHECKING:
+    from objectives.diversity import DiversityMetric
+    from objectives.evaluator import Evaluation
+    from objectives.metrics import Metric
     from search.gradient import LossGradient
 
 
@@ -29,6 +32,21 @@ class WeightedGradient(Protocol):
     def __call__(self, coefficients: NDArray[np.float64], weights: NDArray[np.float64], /) -> LossGradient:
         """At coefficients `(groups,)`, for weights `(objectives,)`; a function of the two and nothing else."""
         ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What an engine may look at beside the history; all of it is a function of the study and its trials.
+
+    Attributes:
+        metrics: the objectives, in order.
+        gradient: makes what gives gradients; called at the first proposal that needs it, since it needs the live model.
+        answers: what a complete trial answered to the search split.
+    """
+
+    metrics: tuple[Metric | DiversityMetric, ...]
+    gradient: Callable[[], WeightedGradient]
+    answers: Callable[[TrialRecord], Evaluation]
 
 
 class Engine(Protocol):
@@ -54,3 +72,12 @@ class Engine(Protocol):
 def seed_of(study_seed: int, draw: int, purpose: int = 0) -> int:
     """A 32-bit seed for one draw: independent streams for all draws (and purposes) of all studies."""
     return int(np.random.SeedSequence([study_seed, draw, purpose]).generate_state(1)[0])
+
+
+def sobol_point(dim: int, seed: int, place: int) -> NDArray[np.float64]:
+    """The `place`-th point, from 0 on, of a scrambled Sobol sequence in the unit box: `(dim,)`."""
+    from scipy.stats import qmc
+
+    engine = qmc.Sobol(dim, scramble=True, rng=seed)
+    point: NDArray[np.float64] = (engine.fast_forward(place) if place else engine).random(1)[0]
+    return point

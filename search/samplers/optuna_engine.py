@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SamplerConfig
 from search.errors import ConfigError
-from search.samplers.engine import Proposal, seed_of
+from search.samplers.engine import Proposal, seed_of, sobol_point
 from search.storage import State, TrialRecord
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a mirror of a study is no news
@@ -242,11 +242,8 @@ class OptunaEngine:
     def _sobol(self, history: Sequence[TrialRecord]) -> Proposal:
         """Scrambled Sobol points straight from scipy: Optuna's QMCSampler keeps its place in the study's attributes,
         which a resumed study would have to restore; here the place is the count of earlier search trials."""
-        from scipy.stats import qmc
-
         place = sum(1 for record in history if record.kind == "search")
-        engine = qmc.Sobol(len(self._groups), scramble=True, rng=self._config.seed)
-        unit = engine.fast_forward(place).random(1)[0] if place else engine.random(1)[0]
+        unit = sobol_point(len(self._groups), self._config.seed, place)
         low, high = self._bounds
         return Proposal(
             {name: float(low + u * (high - low)) for name, u in zip(self._groups, unit, strict=True)}
