@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from objectives.bootstrap import interval, resample_weights
-from objectives.diversity import Diversity, get_diversity_metric
+from objectives.bootstrap import interval
 from objectives.metrics import Metric, find_metric, get_metric
-from objectives.outcomes import Outcomes
 from search.alternatives import Alternative, Scores, base_label
+from search.cells import RESAMPLES, Cell, CellComputer, Samples, cell_around
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.front import hypervolume, hypervolume_batch, worst_corner
@@ -30,21 +29,6 @@ from search.study import front_of
 SPLITS: tuple[Split, ...] = ("search", "report")
 # ECE alone can be gamed: the report never shows it alone.
 BESIDE = ("accuracy", "ece", "brier", "nll", "auroc")
-RESAMPLES = 1000
-
-Samples = dict[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A metric of one trial on one split, with its 95 % bootstrap interval over questions."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -212,7 +196,7 @@ def read_board(store: StudyStore) -> Board:
         )
     on_front = front_of(done, [maximize for _, maximize in objectives])
     evidence = EvidenceFolder(store.url, store.name)
-    computer = _Computer(evidence)
+    computer = CellComputer(evidence)
     beside = [*metrics, *(get_metric(name) for name in BESIDE if name not in dict(objectives))]
 
     scores = Scores(store)
@@ -251,59 +235,6 @@ def read_board(store: StudyStore) -> Board:
         questions=attributes["facts"]["questions"],
         alternatives=tuple(alternatives),
     )
-
-
-class _Computer:
-    """Metrics of answers with their bootstrap samples, each once."""
-
-    def __init__(self, evidence: EvidenceFolder) -> None:
-        self._evidence = evidence
-        self._weights: dict[tuple[Split, bool], NDArray[np.float64]] = {}
-        self._known: dict[tuple[Split, str, str], tuple[Cell, NDArray[np.float64]]] = {}
-
-    def cells(
-        self, split: Split, key: str, read: Callable[[], Outcomes], metrics: Sequence[Metric]
-    ) -> tuple[dict[str, Cell], Samples]:
-        """Cells and samples by metric; `key` names the outcomes that `read` reads."""
-        missing = [metric for metric in metrics if (split, key, metric.name) not in self._known]
-        if missing:
-            outcomes = read()
-            weights = self._resamples(split, outcomes)
-            for metric in missing:
-                value, drawn = metric.value(outcomes), metric(outcomes, weights)
-                self._known[split, key, metric.name] = (_cell(value, metric.interval(value, drawn)), drawn)
-        return self._found(split, key, [metric.name for metric in metrics])
-
-    def sampled(self, split: Split, digest: str | None) -> tuple[dict[str, Cell], Samples]:
-        """The same for sampled answers, over prompts instead of questions; nothing where there are none."""
-        if digest is None:
-            return {}, {}
-        diversity = self._evidence.load_diversity(digest)
-        weights = self._resamples(split, diversity)
-        for metric in map(get_diversity_metric, diversity.values):
-            if (split, digest, metric.name) not in self._known:
-                value, drawn = metric.value(diversity), metric(diversity, weights)
-                cell = _cell(value, metric.interval(value, drawn))
-                self._known[split, digest, metric.name] = (cell, drawn)
-        return self._found(split, digest, list(diversity.values))
-
-    def _found(self, split: Split, key: str, names: Sequence[str]) -> tuple[dict[str, Cell], Samples]:
-        found = {name: self._known[split, key, name] for name in names}
-        return {name: cell for name, (cell, _) in found.items()}, {
-            name: drawn for name, (_, drawn) in found.items()
-        }
-
-    def _resamples(self, split: Split, answers: Outcomes | Diversity) -> NDArray[np.float64]:
-        strata = answers.task if isinstance(answers, Outcomes) else None
-        key = (split, strata is None)
-        if key not in self._weights:
-            self._weights[key] = resample_weights(len(answers), RESAMPLES, strata=strata)
-        return self._weights[key]
-
-
-def _cell(value: float, interval: tuple[float, float]) -> Cell:
-    """With few questions a basic interval of a biased metric (ECE) can leave the value out; shown, it holds it."""
-    return Cell(value, min(interval[0], value), max(interval[1], value))
 
 
 def _row(record: TrialRecord, on_front: bool, cells: Mapping[Split, Mapping[str, Cell]]) -> Row:
@@ -368,7 +299,7 @@ def _volume(
             else np.zeros(RESAMPLES)
         )
     gain = point[0] - point[1]
-    return Volume(point[0], point[1], _cell(gain, interval(drawn[0] - drawn[1], value=gain)))
+    return Volume(point[0], point[1], cell_around(gain, interval(drawn[0] - drawn[1], value=gain)))
 
 
 def _with_differences(row: Row, samples: Mapping[str, Samples], rivals: Sequence[Row]) -> Row:
@@ -386,5 +317,5 @@ def _with_differences(row: Row, samples: Mapping[str, Samples], rivals: Sequence
                 continue  # a calibrated trial whose answers were not sampled
             value = row.report[name].value - rival.report[name].value
             differences = drawn - samples[rival.label][name]
-            found[rival.label][name] = _cell(value, interval(differences, value=value))
+            found[rival.label][name] = cell_around(value, interval(differences, value=value))
     return replace(row, against=found)

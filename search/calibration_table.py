@@ -17,7 +17,8 @@ from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import get_metric
 from objectives.outcomes import Outcomes
 from search.alternatives import AUTOMATIC, CAPE, Scores
-from search.board import Board, Cell, Row
+from search.board import Board, Row
+from search.cells import Cell
 from search.errors import ConfigError
 from search.picks import named_picks
 

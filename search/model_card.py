@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from search import __version__
-from search.board import SPLITS, Board, Cell, Row
+from search.board import SPLITS, Board, Row
+from search.cells import Cell
 from search.mergekit_config import MERGEKIT, number
 from search.merging.header import shown
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from search.board import Board, Cell, Row
+from search.board import Board, Row
+from search.cells import Cell
 from search.errors import ConfigError
 from search.materials import Split
 from search.picks import named_picks

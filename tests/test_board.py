@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from objectives.metrics import get_metric
-from search.board import Board, Cell, Row, Volume, read_board
+from search.board import Board, Row, Volume, read_board
+from search.cells import Cell
 from search.config import load_study_file
 from search.errors import ConfigError, StorageError
 from search.evidence import EvidenceFolder
