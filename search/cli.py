@@ -297,6 +297,58 @@ def report(
         print(path)
 
 
+@app.command()
+def compare(
+    study: Study,
+    engines: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Such as composite,gp,pymoo:nsga2:population=10; the uniform line is always among them.",
+        ),
+    ] = "composite,gp,tpe,nsga2,gradient",
+    budget: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Scored tokens for each study, or 60x for 60 evaluations.")
+    ] = "60x",
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Studies for each engine.")] = 5,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="DIR", help="Folder for table and picture.  [default: runs/NAME/compare]"
+        ),
+    ] = None,
+    storage: Storage = None,
+    workers: Workers = 1,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+    share: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Engines side by side at equal scored tokens, on the same splits, with intervals over questions and seeds."""
+    from search.compare.command import compare as run_comparison
+    from search.config import load_study_file
+
+    config = load_study_file(study, overrides)
+    command = ["compare", str(study), "--engines", engines, "--budget", budget, "--seeds", str(seeds)]
+    command += ["--device", device, "--workers", str(workers)]
+    for override in overrides:
+        command += ["--set", override]
+    with interruptible():
+        table = run_comparison(
+            config,
+            _url(storage, config.name),
+            out or Path("runs") / config.name / "compare",
+            engines=engines,
+            budget=budget,
+            seeds=seeds,
+            device=device,
+            workers=workers,
+            share=share,
+            command=command,
+        )
+    if table:
+        print(table)
+
+
 def main() -> None:
     """Entry point of the `mergefront` command."""
     try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from objectives.prompts import PromptSet, load_prompts
 from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
 from search.config import StudyConfig
+from search.errors import ConfigError
 from search.merging.checkpoint import Checkpoint
 from search.merging.live import LiveModel
 from search.merging.parents import Parents
@@ -69,6 +71,25 @@ class Materials:
             device=choose_device(device),
             prompts=prompts,
         )
+
+    def under(self, config: StudyConfig) -> Materials:
+        """The same, with all that is open and resident, under a config that differs in name, sampler and budgets.
+
+        Raises:
+            ConfigError: it differs in something else.
+        """
+        free = dict.fromkeys(("name", "sampler", "trials", "tokens", "batch_tokens"), True) | {
+            "split": {"report": True}
+        }
+        mine, other = (one.model_dump(exclude=free) for one in (self.config, config))
+        if mine != other:
+            raise ConfigError(f"study '{config.name}': differs from '{self.config.name}' in what was opened.")
+        self.evaluator("search"), self.evaluator("report")  # made once, for all
+        if config.batch_tokens is not None:
+            self.scorer.use(config.batch_tokens)
+        twin = copy(self)
+        object.__setattr__(twin, "config", config)
+        return twin
 
     @property
     def notes(self) -> list[str]:

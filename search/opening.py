@@ -16,17 +16,24 @@ STUDY_SCHEMA = 1
 
 
 def create(
-    config: StudyConfig, url: str, device: str = "auto", *, fresh: bool = False, **options: Any
+    config: StudyConfig,
+    url: str,
+    device: str = "auto",
+    *,
+    fresh: bool = False,
+    materials: Materials | None = None,
+    **options: Any,
 ) -> tuple[StudyStore, Materials]:
     """Creates the study, or opens it to continue if it exists with the same config.
 
     Args:
         fresh: refuse a study that exists already.
+        materials: those of the config, opened before.
 
     Raises:
         ConfigError: the study exists with another config, or `fresh` and it exists.
     """
-    materials = Materials.open(config, device)
+    materials = materials or Materials.open(config, device)
     objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
     store = StudyStore.create(url, config.name, objectives, **options)
     with store.exclusive():
@@ -74,6 +81,14 @@ def reopen(
     materials = Materials.open(moved_config(store, overrides), device)
     check_identity(store, materials.identity)
     return store, materials
+
+
+def read_config(url: str, name: str) -> StudyConfig | None:
+    """The frozen config of a study that may not exist yet."""
+    try:
+        return stored_config(StudyStore.open(url, name))
+    except StorageError:
+        return None
 
 
 def stored_config(store: StudyStore) -> StudyConfig:

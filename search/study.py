@@ -14,7 +14,8 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,21 @@ BASELINES: tuple[tuple[str, float], ...] = (
 )
 
 
+@dataclass
+class Memory:
+    """What recipes scored, for several studies that one process runs on the same materials in one storage.
+
+    Attributes:
+        search: recipe -> values and attributes of its trial, tokens included: a trial counts what it would have taken.
+        report: recipe -> evidence of its answers and of its diversity on the report split.
+
+    Both ask for the folder of the evidence, too: a study finds its own there.
+    """
+
+    search: dict[tuple[Path, str], tuple[list[float], dict[str, Any]]] = field(default_factory=dict)
+    report: dict[tuple[Path, str], tuple[str, str | None]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class _Worker:
     """One process at work on a study."""
@@ -63,6 +79,7 @@ class _Worker:
     engine: Engine
     observer: Observer
     watch: Stopwatch
+    memory: Memory
 
 
 def set_budget(store: StudyStore, text: str | int | None) -> int:
@@ -87,11 +104,21 @@ def set_tokens(store: StudyStore, tokens: int | None) -> None:
 
 
 def run(
-    store: StudyStore, materials: Materials, observer: Observer | None = None, *, report: bool = True
+    store: StudyStore,
+    materials: Materials,
+    observer: Observer | None = None,
+    *,
+    report: bool = True,
+    checkpoints: Sequence[int] = (),
+    memory: Memory | None = None,
 ) -> None:
     """Runs the study until its budget is complete, then scores the report split.
 
     Several processes may do this at once: every trial is claimed by one of them, and the budget counts them all.
+
+    Args:
+        checkpoints: scored tokens; the fronts as they stood then are scored on the report split, too.
+        memory: what earlier studies of the same materials scored; this one adds to it.
 
     Raises:
         TooManyFailuresError: several trials in a row failed. EvaluationError: a baseline failed.
@@ -110,7 +137,9 @@ def run(
     bounds = (materials.space.low, materials.space.high)
     sources = Sources(materials.metrics, gradient, answers)
     engine = make_engine(materials.config.sampler, materials.space.names, bounds, sources)
-    worker = _Worker(store, materials, evidence, engine, observer or Observer(), Stopwatch())
+    worker = _Worker(
+        store, materials, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()
+    )
     before = store.trials()
     worker.observer.started(before, len(BASELINES) + int(store.attribute("trials")))
     for trial in _asked(worker, first=len(before)):
@@ -118,7 +147,7 @@ def run(
         _run_trial(worker, trial)
     worker.observer.ended(store.trials())
     if report:
-        _score_report_split(worker)
+        _score_report_split(worker, checkpoints)
 
 
 def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
@@ -230,6 +259,13 @@ def _known(store: StudyStore, trial: TrialRecord) -> tuple[list[float], dict[str
 
 
 def _measured(worker: _Worker, trial: TrialRecord) -> tuple[list[float], dict[str, Any]]:
+    remembered = worker.memory.search
+    if (key := (worker.evidence.path, trial.attributes["recipe"])) not in remembered:
+        remembered[key] = _scored(worker, trial)
+    return remembered[key]
+
+
+def _scored(worker: _Worker, trial: TrialRecord) -> tuple[list[float], dict[str, Any]]:
     evaluation, diversity = _evaluated(worker, trial, "search")
     values = []
     for metric in worker.materials.metrics:
@@ -302,14 +338,17 @@ def _batch_key(device: str) -> str:
     return f"batch_tokens:{device_title(device)}"
 
 
-def _score_report_split(worker: _Worker) -> None:
+def _score_report_split(worker: _Worker, checkpoints: Sequence[int]) -> None:
     """Scores parents, uniform line and front (or all trials, see `split.report`) on the report split.
 
     Nothing is chosen here: who is on the front was decided on the search split.
     """
     store = worker.store
     done = [record for record in store.trials() if record.state == "complete"]
-    on_front = front_of(done, [metric.maximize for metric in worker.materials.metrics])
+    maximize = [metric.maximize for metric in worker.materials.metrics]
+    on_front = front_of(done, maximize)
+    for tokens in checkpoints:
+        on_front |= front_of(within_tokens(done, tokens), maximize)
     everybody = worker.materials.config.split.report == "all"
     known = store.attributes()
     due = [
@@ -318,8 +357,10 @@ def _score_report_split(worker: _Worker) -> None:
         if (everybody or record.kind != "search" or record.number in on_front)
         and f"report:{record.number}" not in known
     ]
-    by_recipe = {
-        record.attributes["recipe"]: (
+    by_recipe = worker.memory.report
+    folder = worker.evidence.path
+    by_recipe |= {
+        (folder, record.attributes["recipe"]): (
             known[f"report:{record.number}"],
             known.get(f"diversity:{record.number}"),
         )
@@ -328,7 +369,7 @@ def _score_report_split(worker: _Worker) -> None:
     }
     for index, record in enumerate(due):
         worker.observer.reporting(index, len(due))
-        key = record.attributes["recipe"]
+        key = (folder, record.attributes["recipe"])
         if key not in by_recipe:
             evaluation, diversity = _evaluated(worker, record, "report")
             sampled = None if diversity is None else worker.evidence.save(diversity)
@@ -338,6 +379,12 @@ def _score_report_split(worker: _Worker) -> None:
             store.set_attribute(f"diversity:{record.number}", sampled)
         store.set_attribute(f"report:{record.number}", answered)  # last: its presence says that all is there
     worker.observer.reporting(len(due), len(due))
+
+
+def within_tokens(records: Sequence[TrialRecord], tokens: int) -> list[TrialRecord]:
+    """The first of these records, by number, that together took at most so many scored tokens."""
+    spent = np.cumsum([record.tokens for record in records])
+    return [record for record, total in zip(records, spent, strict=True) if total <= tokens]
 
 
 def front_of(records: Sequence[TrialRecord], maximize: Sequence[bool]) -> set[int]:

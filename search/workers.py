@@ -26,19 +26,32 @@ def use_threads(workers: int) -> None:
 
 @contextmanager
 def helpers(count: int, store: StudyStore, device: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Runs `count` further workers of the study beside the block, and ends those that are left when it ends.
-
-    They stop by themselves when the budget is complete. On an error or a signal they get SIGTERM, upon which each gives
-    its trial back; one that does not end in time is killed, and its trial is adopted later like any dead worker's.
-    """
-    command = [sys.executable, "-m", "search.cli", "-q", "resume", store.name]
-    command += ["--device", device, "--grace", str(store.grace), "--as-worker"]
+    """Runs `count` further workers of the study beside the block; which stop when the budget is complete."""
+    command = ["resume", store.name, "--device", device, "--grace", str(store.grace), "--as-worker"]
     for override in overrides:
         command += ["--set", override]
+    with beside([command] * count, store.url):
+        yield
+
+
+@contextmanager
+def beside(commands: Sequence[Sequence[str]], url: str) -> Iterator[None]:
+    """Runs commands of the product on one storage beside the block, and ends those that are left when it ends.
+
+    On an error or a signal they get SIGTERM, upon which each gives its trial back; one that does not end in time is
+    killed, and its trial is adopted later like any dead worker's.
+    """
     # The URL may hold a password, and arguments are seen by everybody on the machine.
-    environment = {"OMP_NUM_THREADS": str(_threads(count + 1)), **os.environ, "MERGEFRONT_STORAGE": store.url}
+    environment = {
+        "OMP_NUM_THREADS": str(_threads(len(commands) + 1)),
+        **os.environ,
+        "MERGEFRONT_STORAGE": url,
+    }
     # A session of their own: Ctrl-C reaches this process alone, which then ends them once.
-    running = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(count)]
+    start = [sys.executable, "-m", "search.cli", "-q"]
+    running = [
+        subprocess.Popen([*start, *command], env=environment, start_new_session=True) for command in commands
+    ]
     try:
         yield
         for process in running:

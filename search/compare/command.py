@@ -1,0 +1,127 @@
+"""`mergefront compare`: opening, sharing the entries among processes, writing table and pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from search.compare.entrants import Entrant, Entry, budget_tokens, entries, parse_entrants
+from search.compare.runs import checkpoints, run_entries
+from search.compare.standings import Standings, read_standings
+from search.compare.table import comparison_table
+from search.config import StudyConfig
+from search.errors import ConfigError, DiskError
+from search.materials import Materials
+from search.opening import read_config
+from search.staging import write_whole
+from search.storage import StudyStore
+from search.workers import beside, use_threads
+
+logger = logging.getLogger("mergefront")
+
+
+def compare(
+    config: StudyConfig,
+    url: str,
+    out: Path,
+    *,
+    engines: str,
+    budget: str,
+    seeds: int,
+    device: str,
+    workers: int = 1,
+    share: int | None = None,
+    command: list[str] | None = None,
+) -> str:
+    """Runs a comparison, or continues it, and writes `comparison.md`, `.json`, `.png` and `.svg`.
+
+    Args:
+        share: of a further process: it runs its share of the entries and writes nothing.
+        command: how a further process is started, without its share.
+
+    Returns:
+        The table; empty for a further process.
+
+    Raises:
+        ConfigError: engines, budget or objectives do not fit, before anything is scored.
+    """
+    from objectives.diversity import DIVERSITY_NAMES
+
+    if sampled := [name for name in config.objectives if name in DIVERSITY_NAMES]:
+        raise ConfigError(
+            f"compare: {sampled[0]} is measured on sampled answers; leave it out of the objectives."
+        )
+    entrants = parse_entrants(engines)
+    use_threads(workers)
+    materials = Materials.open(config, device)
+    tokens = budget_tokens(budget, materials.evaluator("search").tokens)
+    config = _with_batches(config, url, materials, entrants[0], tokens)
+    every = entries(config, entrants, seeds, tokens)
+    if share is not None:
+        run_entries(every[share::workers], materials, url)
+        return ""
+    logger.info(
+        "%d studies of %s tokens (%.0f evaluations) in %s",
+        len(every),
+        f"{tokens:,}",
+        tokens / materials.evaluator("search").tokens,
+        url,
+    )
+    start = [*(command or ()), "--set", f"batch_tokens={config.batch_tokens}"]
+    others = [[*start, "--share", str(i)] for i in range(1, workers)]
+    with beside(others, url):
+        run_entries(every[::workers], materials, url, done=_say)
+    stores = run_entries(every, materials, url)  # whatever another process left
+    found = read_standings(config.name, every, stores, checkpoints(tokens))
+    return _written(found, out)
+
+
+def _with_batches(
+    config: StudyConfig, url: str, materials: Materials, first: Entrant, tokens: int
+) -> StudyConfig:
+    """The config with tokens a batch: given, or as an earlier run of the comparison measured them, or measured now.
+
+    All processes and all runs keep to one number: another one changes the last bits of the scores.
+    """
+    (entry,) = entries(config, [first], 1, tokens)
+    size = config.batch_tokens
+    if size is None and (known := read_config(url, entry.config.name)) is not None:
+        size = known.batch_tokens
+    if size is None:
+        size = materials.scorer.measure(materials.questions.search)
+    materials.scorer.use(size)
+    return config.model_copy(update={"batch_tokens": size})
+
+
+def _say(entry: Entry, store: StudyStore, seconds: float) -> None:
+    records = store.trials()
+    logger.info(
+        "%s, seed %d: %d trials, %s tokens, %.0f s",
+        entry.entrant.label,
+        entry.seed,
+        sum(record.state == "complete" for record in records),
+        f"{sum(record.tokens for record in records):,}",
+        seconds,
+    )
+
+
+def _written(found: Standings, out: Path) -> str:
+    from search.plots.comparison import comparison_figure
+    from search.plots.style import render
+
+    table = comparison_table(found)
+    picture = render(comparison_figure(found))
+    files = {
+        "comparison.md": (table + "\n").encode(),
+        "comparison.json": (json.dumps(found.to_json(), indent=2, allow_nan=False) + "\n").encode(),
+        "comparison.png": picture.png,
+        "comparison.svg": picture.svg,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(out / name, content)
+    except OSError as error:
+        raise DiskError(f"{out}: the comparison cannot be written: {error.strerror}.") from error
+    return table
