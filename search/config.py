@@ -147,7 +147,8 @@ class SamplerConfig(_Section):
 
     `population` is for genetic algorithms, `startup` (random trials before the model takes over) for tpe and gp,
     `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of weights
-    between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient.
+    between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient;
+    each step reads `batch` questions (all of them without it).
     """
 
     engine: Literal["optuna", "pymoo", "gradient", "composite", "line"] = "optuna"
@@ -159,6 +160,7 @@ class SamplerConfig(_Section):
     steps: int | None = Field(default=None, ge=1, le=10_000)
     rate: float | None = Field(default=None, gt=0.0, le=10.0)
     weights: int | None = Field(default=None, ge=1, le=1000)
+    batch: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -181,6 +183,7 @@ class SamplerConfig(_Section):
             ("steps", self.engine == "gradient"),
             ("rate", self.engine == "gradient"),
             ("weights", self.engine == "gradient"),
+            ("batch", self.engine == "gradient"),
         ):
             if getattr(self, key) is not None and not fits:
                 raise ValueError(f"{key}: does not go with {self.engine} {self.name}; remove it")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from objectives.backward import backpropagate
+from objectives.backward import backpropagate, passes
 from objectives.losses import Loss, scalarized
 from search.errors import ConfigError, EvaluationError
 from search.merging.linear import coefficient_derivative
@@ -77,8 +77,11 @@ class CoefficientGradient:
         self._questions, self._tasks = questions, tasks
         self._moving = self._differing()
 
-    def at(self, recipe: Recipe, loss: Loss) -> LossGradient:
+    def at(self, recipe: Recipe, loss: Loss, questions: Sequence[Question] | None = None) -> LossGradient:
         """The loss and its gradient at a recipe; the live model holds that recipe afterwards.
+
+        Args:
+            questions: others than all; the same object finds its tokens again.
 
         A group whose tensors are equal in both parents has a gradient of exactly 0.
 
@@ -90,7 +93,7 @@ class CoefficientGradient:
         gradient = np.zeros(self.space.dim)
         try:
             with torch.enable_grad(), self._collecting(gradient):
-                found = backpropagate(self._scorer, self._questions, self._tasks, loss)
+                found = backpropagate(self._scorer, questions or self._questions, self._tasks, loss)
         except torch.OutOfMemoryError as error:
             raise EvaluationError(
                 "gradient: does not fit into memory. Give a smaller batch_tokens."
@@ -101,12 +104,6 @@ class CoefficientGradient:
                 f"gradient: not finite in group {group}. Use merge.dtype float32 or bfloat16."
             )
         return LossGradient(found.loss, gradient, found.tokens)
-
-    def scalarized(
-        self, coefficients: Floats, losses: Sequence[Loss], weights: Sequence[float]
-    ) -> LossGradient:
-        """`at`, of a vector `(groups,)` and the weighted sum of several losses."""
-        return self.at(self.space.from_vector(coefficients), scalarized(losses, weights))
 
     def _differing(self) -> list[tuple[str, int, torch.nn.Parameter]]:
         """(tensor, group, parameter) of every tensor that depends on its coefficient.
@@ -151,3 +148,37 @@ class CoefficientGradient:
             parameter.grad = None
 
         return collect
+
+
+class StepGradient:
+    """Gradients for the steps of a descent, each on one of the parts that the questions are dealt out to.
+
+    Args:
+        of: gives the gradients. losses: one for each objective.
+        questions: those of the search split. size: about how many a step takes; None for all.
+        seed: of the deal. evaluation: tokens of one evaluation of all questions.
+    """
+
+    def __init__(
+        self,
+        of: CoefficientGradient,
+        losses: Sequence[Loss],
+        questions: Sequence[Question],
+        size: int | None,
+        seed: int,
+        evaluation: int,
+    ) -> None:
+        self._of = of
+        self._losses = tuple(losses)
+        count = max(1, len(questions) // (size or len(questions)))
+        order = np.random.default_rng(seed).permutation(len(questions))
+        self._parts = [tuple(questions[i] for i in sorted(part)) for part in np.array_split(order, count)]
+        most = scalarized(self._losses, [1.0] * len(self._losses))
+        self.tokens = -(-passes(most) * evaluation // count)
+
+    def __call__(self, coefficients: Floats, weights: Floats, step: int, /) -> LossGradient:
+        """See `WeightedGradient`."""
+        recipe = self._of.space.from_vector(coefficients)
+        return self._of.at(
+            recipe, scalarized(self._losses, weights.tolist()), self._parts[step % len(self._parts)]
+        )

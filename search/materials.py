@@ -154,11 +154,13 @@ class Materials:
             ConfigError: merge.method is not linear, or an objective has no stand-in.
         """
         from objectives.losses import stand_in
-        from search.gradient import CoefficientGradient
+        from search.gradient import CoefficientGradient, StepGradient
 
         losses = [stand_in(metric.name) for metric in self.metrics]
-        of = CoefficientGradient(self.live, self.space, self.scorer, self.questions.search, self.config.tasks)
-        return lambda coefficients, weights: of.scalarized(coefficients, losses, weights.tolist())
+        questions, sampler = self.questions.search, self.config.sampler
+        of = CoefficientGradient(self.live, self.space, self.scorer, questions, self.config.tasks)
+        evaluation = self.evaluator("search").tokens
+        return StepGradient(of, losses, questions, sampler.batch, sampler.seed, evaluation)
 
     def diversify(self, split: Split, tempering: float = 1.0) -> Diversity | None:
         """Samples answers of the live model to one split's prompts and measures them; None without such a section.

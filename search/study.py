@@ -202,7 +202,8 @@ def _affordable(worker: _Worker, history: Sequence[TrialRecord]) -> bool:
     if limit is None:
         return True
     open_ = sum(record.state in ("running", "waiting") for record in history)
-    due = (open_ + 1) * worker.materials.evaluator("search").tokens
+    evaluation = worker.materials.evaluator("search").tokens
+    due = (open_ + 1) * evaluation + worker.engine.cost(evaluation)
     return sum(record.tokens for record in history) + due <= int(limit)
 
 

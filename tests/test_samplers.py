@@ -49,10 +49,14 @@ def objective(x: Sequence[float]) -> tuple[float, ...]:
     return float(1 - ((a - BEST[0]) ** 2).sum()), float(((a - BEST[1]) ** 2).sum())
 
 
-def slope(x: np.ndarray, weights: np.ndarray, /) -> LossGradient:
+class Slope:
     """Of the weighted sum of squared distances; with three objectives the third is the first once more."""
-    away = x - np.vstack([BEST, BEST[0]])[: len(weights)]
-    return LossGradient(float(weights @ (away**2).sum(axis=1)), 2 * weights @ away, tokens=30)
+
+    tokens = 30
+
+    def __call__(self, x: np.ndarray, weights: np.ndarray, step: int, /) -> LossGradient:
+        away = x - np.vstack([BEST, BEST[0]])[: len(weights)]
+        return LossGradient(float(weights @ (away**2).sum(axis=1)), 2 * weights @ away, tokens=30)
 
 
 def answers(record: TrialRecord) -> Evaluation:
@@ -67,7 +71,7 @@ def answers(record: TrialRecord) -> Evaluation:
 
 def sources(objectives: int = 2) -> Sources:
     metrics = tuple(map(get_metric, ("accuracy", "ece", "brier")[:objectives]))
-    return Sources(metrics, lambda: slope, answers)
+    return Sources(metrics, Slope, answers)
 
 
 def known(number: int, state: State = "complete") -> dict[str, str]:

@@ -325,7 +325,7 @@ def _standing(outcomes: Sequence[Outcome], line: Outcome, temperature: Volume) -
 
 
 def _cell(value: float, samples: Floats) -> Cell:
-    return cell_around(value, interval(samples, value=value))
+    return cell_around(value, interval(samples, value=value, bounds=(0.0, np.inf)))
 
 
 def _complete(store: StudyStore) -> list[TrialRecord]:

@@ -7,7 +7,7 @@ arXiv 1906.01537, for the composition; the expected value of the scores stands f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from objectives.outcomes import Outcomes
 from search.config import SamplerConfig
 from search.front import hypervolume_batch, non_dominated, worst_corner
 from search.samplers.answers_model import AnswersModel
-from search.samplers.engine import Proposal, seed_of, sobol_point
+from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
 from search.storage import TrialRecord
 
 POPULATION = 40  # of NSGA-II on the model
@@ -29,7 +29,7 @@ MAX_KNOWN = 400  # trials in the model: its fit takes the cube of their number
 Floats = NDArray[np.float64]
 
 
-class CompositeEngine:
+class CompositeEngine(Engine):
     """A Gaussian process over answers (see `Engine`).
 
     Args:
@@ -54,10 +54,6 @@ class CompositeEngine:
         self._answers = answers
         self._scores: dict[int, Floats] = {}  # trial -> (n * k,), centred in each question
         self._questions: Outcomes | None = None
-
-    def baseline_tags(self, index: int) -> Mapping[str, Any]:
-        """None: every complete trial is seen."""
-        return {}
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`. Trials that are under way count with their predicted objectives."""

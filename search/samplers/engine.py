@@ -27,10 +27,22 @@ class Proposal:
 
 
 class WeightedGradient(Protocol):
-    """Gradients of weighted sums of losses, one loss for each objective of a study."""
+    """Gradients of weighted sums of losses, one loss for each objective of a study.
 
-    def __call__(self, coefficients: NDArray[np.float64], weights: NDArray[np.float64], /) -> LossGradient:
-        """At coefficients `(groups,)`, for weights `(objectives,)`; a function of the two and nothing else."""
+    Attributes:
+        tokens: scored tokens that one takes at most, about.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+
+    def __call__(
+        self, coefficients: NDArray[np.float64], weights: NDArray[np.float64], step: int, /
+    ) -> LossGradient:
+        """At coefficients `(groups,)`, for weights `(objectives,)`, on the questions of the `step`-th step.
+
+        A function of the three and nothing else.
+        """
         ...
 
 
@@ -58,7 +70,11 @@ class Engine(Protocol):
 
     def baseline_tags(self, index: int) -> Mapping[str, Any]:
         """Tags that make the `index`-th baseline (parents and uniform line, scored first) seed the search."""
-        ...
+        return {}
+
+    def cost(self, evaluation: int) -> int:
+        """Scored tokens that the next proposal takes before its trial, where one evaluation takes `evaluation`."""
+        return 0
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """The recipe of draw number `draw` (counted from 0 over all trials, baselines included).

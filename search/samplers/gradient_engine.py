@@ -8,7 +8,7 @@ must know to go on is in the tags of its last trial: where it is, Adam's moments
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config import SamplerConfig
-from search.samplers.engine import Proposal, WeightedGradient, seed_of
+from search.samplers.engine import Engine, Proposal, WeightedGradient, seed_of
 from search.storage import TrialRecord
 from search.trials import PROPOSAL_TOKENS
 
@@ -31,7 +31,7 @@ _ADAM = "mergefront:adam"
 Floats = NDArray[np.float64]
 
 
-class GradientEngine:
+class GradientEngine(Engine):
     """Projected Adam from the uniform line (see `Engine`).
 
     Args:
@@ -54,9 +54,9 @@ class GradientEngine:
         self._weights = spread(config.weights or WEIGHTS, len(maximize), config.seed)
         self._gradient = cache(gradient)
 
-    def baseline_tags(self, index: int) -> Mapping[str, Any]:
-        """None: baselines are found by their kind."""
-        return {}
+    def cost(self, evaluation: int) -> int:
+        """See `Engine.cost`."""
+        return self._steps * self._gradient().tokens
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`. Values of a descent's own trials are not waited for: its gradients lead it."""
@@ -71,8 +71,8 @@ class GradientEngine:
             x = np.array([last.coefficients[group] for group in self._groups])
             adam = _Adam(self._rate, len(x), **last.tags[_ADAM])
         gradient, tokens = self._gradient(), 0
-        for _ in range(self._steps):
-            here = gradient(x, weights)
+        for step in range(self._steps):
+            here = gradient(x, weights, len(descents) * self._steps + step)
             x = np.clip(x + adam.step(here.gradient), *self._bounds)
             tokens += here.tokens
         tags = {_DESCENT: turn, _ADAM: adam.to_json(), PROPOSAL_TOKENS: tokens}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from search.config import SamplerConfig
-from search.samplers.engine import Proposal
+from search.samplers.engine import Engine, Proposal
 from search.space import UNIFORM_LINE
 from search.storage import TrialRecord
 
 
-class LineEngine:
+class LineEngine(Engine):
     """One coefficient for all groups, spread evenly between the bounds at any time (see `Engine`).
 
     The points are the van der Corput sequence in base 2 over the bounds, both of which come first, without those that
@@ -21,10 +20,6 @@ class LineEngine:
     def __init__(self, config: SamplerConfig, groups: tuple[str, ...], bounds: tuple[float, float]) -> None:
         self._groups = groups
         self._bounds = bounds
-
-    def baseline_tags(self, index: int) -> Mapping[str, Any]:
-        """None: the line needs no history."""
-        return {}
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`."""

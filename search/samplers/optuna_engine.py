@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SamplerConfig
 from search.errors import ConfigError
-from search.samplers.engine import Proposal, seed_of, sobol_point
+from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
 from search.storage import State, TrialRecord
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a mirror of a study is no news
@@ -116,7 +116,7 @@ class _Mirrored(FrozenTrial):
         return copy.copy(self)
 
 
-class OptunaEngine:
+class OptunaEngine(Engine):
     """TPE, NSGA-II, NSGA-III, GP, random, QMC and grid behind one door (see `Engine`)."""
 
     def __init__(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config import SamplerConfig
-from search.samplers.engine import Proposal, seed_of
+from search.samplers.engine import Engine, Proposal, seed_of
 from search.storage import TrialRecord
 
 POPULATION = 16
@@ -25,7 +25,7 @@ _MEMBER = "mergefront:member"
 _TOLD = "mergefront:told"
 
 
-class PymooEngine:
+class PymooEngine(Engine):
     """Any pymoo algorithm with ask and tell that runs without numba (see `Engine`)."""
 
     def __init__(
