@@ -1,0 +1,194 @@
+"""Engines side by side: equal tokens, one split, numbers that the board of each study has, too."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from search.board import read_board
+from search.compare.command import compare
+from search.compare.entrants import LINE, budget_tokens, entries, parse_entrants
+from search.compare.runs import checkpoints, run_entries
+from search.compare.standings import Standings, read_standings
+from search.compare.table import comparison_table
+from search.config import load_study_file
+from search.errors import ConfigError
+from search.materials import Materials
+from search.plots.comparison import _median_attainment, comparison_figure
+from search.storage import StudyStore
+from search.study import BASELINES
+from tests.conftest import Cli
+from tests.pico_study import write_study
+
+FIRST = len(BASELINES)
+ENGINES = "random,composite:startup=3"
+
+
+def opened(folder: Path, seeds: int = 2, evaluations: int = 16) -> tuple[list[Any], Materials, str]:
+    config = load_study_file(write_study(folder))
+    materials = Materials.open(config, "cpu")
+    tokens = evaluations * materials.evaluator("search").tokens
+    return (
+        entries(config, parse_entrants(ENGINES), seeds, tokens),
+        materials,
+        f"sqlite:///{folder / 'study.db'}",
+    )
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[StudyStore], Standings]:
+    every, materials, url = opened(tmp_path_factory.mktemp("compare"))
+    stores = run_entries(every, materials, url)
+    return every, stores, read_standings("pico", every, stores, checkpoints(every[0].config.tokens))
+
+
+def test_every_study_spends_the_same_tokens(run_once: tuple[list[Any], list[StudyStore], Standings]) -> None:
+    every, stores, found = run_once
+    assert [(entry.entrant.label, entry.seed) for entry in every] == [
+        ("random", 0),
+        ("composite:startup=3", 0),
+        (LINE, 0),
+        ("random", 1),
+        ("composite:startup=3", 1),
+    ]
+    for entry, store in zip(every, stores, strict=True):
+        spent = sum(record.tokens for record in store.trials())
+        assert spent == entry.config.tokens == found.budget, "baselines that another study scored count, too"
+        assert len(store.trials()) == 16
+    line = stores[2].trials()[FIRST:]
+    assert all(len(set(record.coefficients.values())) == 1 for record in line)
+
+
+def test_the_numbers_are_those_of_each_studys_board(
+    run_once: tuple[list[Any], list[StudyStore], Standings],
+) -> None:
+    every, stores, found = run_once
+    for label in ("random", "composite:startup=3", LINE):
+        boards = [
+            read_board(store)
+            for entry, store in zip(every, stores, strict=True)
+            if entry.entrant.label == label
+        ]
+        standing = next(one for one in found.standings if one.label == label)
+        volumes = [board.hypervolume["report"].front for board in boards]
+        assert standing.report.value == pytest.approx(np.mean(volumes))
+        assert standing.spread == pytest.approx((min(volumes), max(volumes)))
+        assert standing.search == pytest.approx(
+            np.mean([board.hypervolume["search"].front for board in boards])
+        )
+        assert found.reference == boards[0].reference
+        assert found.rivals[0].report.value == pytest.approx(boards[0].hypervolume["report"].uniform)
+    temperature = next(one for one in found.rivals if one.label == "post + temperature")
+    (row,) = [row for row in boards[0].alternatives if row.label == "post + temperature"]
+    assert temperature.values == {name: row.report[name] for name in ("accuracy", "ece")}
+
+
+def test_standings_are_sorted_and_their_intervals_hold_them(
+    run_once: tuple[list[Any], list[StudyStore], Standings],
+) -> None:
+    found = run_once[2]
+    values = [one.report.value for one in found.standings]
+    assert values == sorted(values, reverse=True)
+    for one in found.standings:
+        for cell in (one.report, one.over_line, one.over_temperature):
+            assert cell is None or cell.low <= cell.value <= cell.high
+        assert one.over_temperature is None or one.over_temperature.value >= 1.0, "a union is never less"
+        assert len(one.at) == 3
+        assert one.at[-1] == pytest.approx(one.report.value)
+    line = next(one for one in found.standings if one.label == LINE)
+    assert line.seeds == 1
+    if line.over_line is not None:
+        assert line.over_line.value == pytest.approx(1.0)
+
+
+def test_table_json_and_picture(run_once: tuple[list[Any], list[StudyStore], Standings]) -> None:
+    found = run_once[2]
+    table = comparison_table(found)
+    assert all(f"| {one.label}" in table for one in (*found.standings, *found.rivals))
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["budget"] == found.budget
+    assert max(map(len, table.splitlines())) < 260
+    assert len(comparison_figure(found).axes) == 2
+    three = replace(found, objectives=(*found.objectives, ("brier", False)))
+    assert len(comparison_figure(three).axes) == 2, "says that it cannot draw surfaces"
+
+
+def test_a_finished_comparison_is_read_not_run(tmp_path: Path) -> None:
+    every, materials, url = opened(tmp_path, seeds=1, evaluations=13)
+    first = [store.trials() for store in run_entries(every, materials, url)]
+    again, fresh, _ = opened(tmp_path, seeds=1, evaluations=13)
+    assert [store.trials() for store in run_entries(again, fresh, url)] == first
+
+
+def test_two_processes_give_the_table_of_one(cli: Cli, tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    arguments = ["compare", str(study), "--engines", ENGINES, "--budget", "14x", "--seeds", "1"]
+    tables = []
+    for workers in ("1", "2"):
+        url = f"sqlite:///{tmp_path / workers / 'study.db'}"
+        out = tmp_path / workers / "out"
+        code, shown, err = cli(*arguments, "--storage", url, "--workers", workers, "--out", str(out))
+        assert code == 0, err
+        assert (out / "comparison.md").read_text().rstrip("\n") == shown.rstrip("\n")
+        assert {path.name for path in out.iterdir()} == {
+            f"comparison.{kind}" for kind in ("md", "json", "png", "svg")
+        }
+        tables.append(shown)
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("engines", "wanted"),
+    [
+        ("nothing", "engine"),
+        ("tpe:population=4", "population"),
+        ("tpe,tpe", "twice"),
+        ("tpe:startup", "wanted options"),
+        ("tpe:seed=3", "no seed"),
+    ],
+)
+def test_engines_that_do_not_exist_are_refused(tmp_path: Path, engines: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        compare(
+            load_study_file(write_study(tmp_path)),
+            f"sqlite:///{tmp_path / 'study.db'}",
+            tmp_path / "out",
+            engines=engines,
+            budget="20x",
+            seeds=1,
+            device="cpu",
+        )
+    assert not (tmp_path / "study.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("11x", "parents and uniform line"), ("many", "wanted scored tokens")]
+)
+def test_budgets_that_are_none_are_refused(text: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        budget_tokens(text, 1000)
+
+
+def test_shared_materials_are_of_one_study(tmp_path: Path) -> None:
+    config = load_study_file(write_study(tmp_path))
+    materials = Materials.open(config, "cpu")
+    twin = materials.under(config.model_copy(update={"name": "other", "trials": 3}))
+    assert twin.live is materials.live
+    assert twin.evaluator("report") is materials.evaluator("report")
+    with pytest.raises(ConfigError, match="differs"):
+        materials.under(config.model_copy(update={"objectives": ["accuracy"]}))
+
+
+def test_half_of_the_seeds_attain_the_median_surface() -> None:
+    corner = np.array([1.0, 1.0])
+    low, high = np.array([[0.2, 0.4], [0.4, 0.2]]), np.array([[0.3, 0.3]])
+    assert _median_attainment([high], corner).tolist() == [[0.3, 0.3]]
+    both = _median_attainment([low, low, high], corner)
+    assert both.tolist() == low.tolist()
+    assert len(_median_attainment([low, low + 5.0, low + 5.0], corner)) == 0, (
+        "one of three attains nothing of it"
+    )
