@@ -16,6 +16,8 @@ from objectives.equivalence import EmbeddingEquivalence, EntailmentEquivalence, 
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.generation import AnswerSampler, Decoding
 from objectives.metrics import Metric, find_metric
+from objectives.outcomes import Outcomes
+from objectives.power import Power, note_on, powers
 from objectives.prompts import PromptSet, load_prompts
 from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
@@ -73,7 +75,12 @@ class Materials:
     @property
     def notes(self) -> list[str]:
         """What a user should know before trusting the numbers."""
-        return [*self.parents.notes, *self.questions.notes]
+        few = note_on(self.power("search"), self.power("report"))
+        return [*self.parents.notes, *self.questions.notes, *([] if few is None else [few])]
+
+    def power(self, split: Split, pair: tuple[Outcomes, Outcomes] | None = None) -> list[Power]:
+        """What one split can show of the objectives; `pair` is as for `objectives.power.powers`."""
+        return powers(self.metrics, [question.task for question in self.questions.of(split)], pair)
 
     @cached_property
     def identity(self) -> dict[str, str]:
