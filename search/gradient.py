@@ -59,7 +59,8 @@ class CoefficientGradient:
         tasks: the study's tasks; `normalize` is read from them.
 
     Raises:
-        ConfigError: the space's method is not linear; or a tensor that differs between the parents is no parameter.
+        ConfigError: the space's method is not linear, the model does not take token trees, or a tensor that differs
+            between the parents is no parameter.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class CoefficientGradient:
         self.space = space
         self._live, self._scorer = live, scorer
         self._questions, self._tasks = questions, tasks
+        scorer.packing(questions)
         self._moving = self._differing()
 
     def at(self, recipe: Recipe, loss: Loss) -> LossGradient:
@@ -83,7 +85,7 @@ class CoefficientGradient:
         A group whose tensors are equal in both parents has a gradient of exactly 0.
 
         Raises:
-            MergeError: the recipe does not fit the space. ConfigError: the model does not take token trees.
+            MergeError: the recipe does not fit the space, or a value into the dtype.
             EvaluationError: scores or gradient are not finite, or do not fit into memory.
         """
         self._live.apply(self.space.by_tensor(recipe), recipe.method)
@@ -93,7 +95,7 @@ class CoefficientGradient:
                 found = backpropagate(self._scorer, self._questions, self._tasks, loss)
         except torch.OutOfMemoryError as error:
             raise EvaluationError(
-                "gradient: does not fit into memory. Give a smaller batch_tokens."
+                "gradient: does not fit into memory. Begin another study with a smaller batch_tokens."
             ) from error
         if not np.isfinite(gradient).all():
             group = self.space.names[int(np.flatnonzero(~np.isfinite(gradient))[0])]

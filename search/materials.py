@@ -133,11 +133,25 @@ class Materials:
         """Scores the live model on one split."""
         return self.evaluator(split).evaluate(progress)
 
+    @property
+    def proposal_evaluations(self) -> int:
+        """What a proposal of the study's engine costs, in evaluations of the search split."""
+        if self.config.sampler.engine != "gradient":
+            return 0
+        from objectives.backward import passes
+        from objectives.losses import scalarized, stand_in
+        from search.samplers.gradient_engine import STEPS
+
+        losses = [stand_in(name) for name in self.config.objectives]
+        return (self.config.sampler.steps or STEPS) * passes(scalarized(losses, [1.0] * len(losses)))
+
+    @cached_property
     def gradient(self) -> WeightedGradient:
         """Gradients on the search split of weighted sums of the objectives' stand-ins; each call moves the live model.
 
         Raises:
-            ConfigError: merge.method is not linear, or an objective has no stand-in.
+            ConfigError: merge.method is not linear, an objective has no stand-in, or the model does not take token
+                trees.
         """
         from objectives.losses import stand_in
         from search.gradient import CoefficientGradient

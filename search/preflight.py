@@ -7,7 +7,6 @@ from pathlib import Path
 
 from objectives.outcomes import Outcomes
 from objectives.power import differences
-from search.config import StudyConfig
 from search.database import sqlite_path
 from search.errors import MergefrontError
 from search.evidence import EvidenceFolder
@@ -44,7 +43,9 @@ def describe(materials: Materials, url: str) -> list[str]:
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
     ]
     if config.sampler.engine == "gradient":
-        lines.append(f"gradient    {_gradient_cost(config):,} times that before each trial is proposed")
+        lines.append(
+            f"gradient    {materials.proposal_evaluations:,} times that before each trial is proposed"
+        )
     lines += _power(materials, url)
     lines += [f"note        {note}" for note in materials.notes]
     if idle := _equal_groups(materials):
@@ -102,16 +103,6 @@ def _equal_groups(materials: Materials) -> tuple[str, ...]:
         for group in materials.space.groups
         if all(torch.equal(pre.tensor(name), post.tensor(name)) for name in group.tensors)
     )
-
-
-def _gradient_cost(config: StudyConfig) -> int:
-    """Evaluations that one proposal of the gradient engine costs."""
-    from objectives.backward import passes
-    from objectives.losses import scalarized, stand_in
-    from search.samplers.gradient_engine import STEPS
-
-    losses = [stand_in(name) for name in config.objectives]
-    return (config.sampler.steps or STEPS) * passes(scalarized(losses, [1.0] * len(losses)))
 
 
 def _work(tokens: float, numbers: int) -> str:
