@@ -97,6 +97,7 @@ class CoefficientGradient:
             raise EvaluationError(
                 "gradient: does not fit into memory. Begin another study with a smaller batch_tokens."
             ) from error
+        gradient /= len(self._questions)
         if not np.isfinite(gradient).all():
             group = self.space.names[int(np.flatnonzero(~np.isfinite(gradient))[0])]
             raise EvaluationError(

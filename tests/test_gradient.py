@@ -146,6 +146,14 @@ def test_bfloat16_points_the_same_way(tmp_path: Path) -> None:
     assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
 
 
+def test_float16_loses_nothing_to_many_questions(tmp_path: Path) -> None:
+    """A question's share of a mean over hundreds is below what float16 can tell from zero."""
+    parents, questions = save_parents(tmp_path), asked(150, 1)
+    exact, half = (gradient_of(parents, questions, dtype, 4000) for dtype in ("float32", "float16"))
+    wanted, found = (g.at(some_recipe(g.space), CROSS_ENTROPY).gradient for g in (exact, half))
+    assert np.linalg.norm(found - wanted) < 0.005 * np.linalg.norm(wanted)
+
+
 def test_a_spread_model_has_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through accelerate's hooks, with a shared prefix whose keys lie where their layers do."""
     parents, questions = save_parents(tmp_path), asked(6, 2)
