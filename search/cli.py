@@ -72,13 +72,19 @@ _OPTIONS = {"quiet": False, "debug": False}
 
 
 @app.command()
-def check(study: Study, overrides: Set = [], device: Device = "auto") -> None:  # noqa: B006
-    """Validates a study and says what it would take; runs nothing."""
+def check(
+    study: Study,
+    storage: Storage = None,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Validates a study, says what it would take and what its questions can show; runs nothing."""
     from search.config import load_study_file
     from search.materials import Materials
     from search.preflight import describe
 
-    for line in describe(Materials.open(load_study_file(study, overrides), device)):
+    config = load_study_file(study, overrides)
+    for line in describe(Materials.open(config, device), _url(storage, config.name)):
         print(line)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from objectives.backward import backpropagate, passes
+from objectives.backward import backpropagate
 from objectives.losses import Loss, scalarized
 from search.errors import ConfigError, EvaluationError
 from search.merging.linear import coefficient_derivative
@@ -59,7 +59,8 @@ class CoefficientGradient:
         tasks: the study's tasks; `normalize` is read from them.
 
     Raises:
-        ConfigError: the space's method is not linear; or a tensor that differs between the parents is no parameter.
+        ConfigError: the space's method is not linear, the model does not take token trees, or a tensor that differs
+            between the parents is no parameter.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class CoefficientGradient:
         self.space = space
         self._live, self._scorer = live, scorer
         self._questions, self._tasks = questions, tasks
+        scorer.packing(questions)
         self._moving = self._differing()
 
     def at(self, recipe: Recipe, loss: Loss, questions: Sequence[Question] | None = None) -> LossGradient:
@@ -86,18 +88,20 @@ class CoefficientGradient:
         A group whose tensors are equal in both parents has a gradient of exactly 0.
 
         Raises:
-            MergeError: the recipe does not fit the space. ConfigError: the model does not take token trees.
+            MergeError: the recipe does not fit the space, or a value into the dtype.
             EvaluationError: scores or gradient are not finite, or do not fit into memory.
         """
+        asked = questions or self._questions
         self._live.apply(self.space.by_tensor(recipe), recipe.method)
         gradient = np.zeros(self.space.dim)
         try:
             with torch.enable_grad(), self._collecting(gradient):
-                found = backpropagate(self._scorer, questions or self._questions, self._tasks, loss)
+                found = backpropagate(self._scorer, asked, self._tasks, loss)
         except torch.OutOfMemoryError as error:
             raise EvaluationError(
-                "gradient: does not fit into memory. Give a smaller batch_tokens."
+                "gradient: does not fit into memory. Begin another study with a smaller batch_tokens."
             ) from error
+        gradient /= len(asked)
         if not np.isfinite(gradient).all():
             group = self.space.names[int(np.flatnonzero(~np.isfinite(gradient))[0])]
             raise EvaluationError(
@@ -155,26 +159,21 @@ class StepGradient:
 
     Args:
         of: gives the gradients. losses: one for each objective.
-        questions: those of the search split. size: about how many a step takes; None for all.
-        seed: of the deal. evaluation: tokens of one evaluation of all questions.
+        parts: of the questions of the search split, read in turn.
+        tokens: that a step takes at most.
     """
 
     def __init__(
         self,
         of: CoefficientGradient,
         losses: Sequence[Loss],
-        questions: Sequence[Question],
-        size: int | None,
-        seed: int,
-        evaluation: int,
+        parts: Sequence[Sequence[Question]],
+        tokens: int,
     ) -> None:
         self._of = of
         self._losses = tuple(losses)
-        count = max(1, len(questions) // (size or len(questions)))
-        order = np.random.default_rng(seed).permutation(len(questions))
-        self._parts = [tuple(questions[i] for i in sorted(part)) for part in np.array_split(order, count)]
-        most = scalarized(self._losses, [1.0] * len(self._losses))
-        self.tokens = -(-passes(most) * evaluation // count)
+        self._parts = parts
+        self.tokens = tokens
 
     def __call__(self, coefficients: Floats, weights: Floats, step: int, /) -> LossGradient:
         """See `WeightedGradient`."""
@@ -182,3 +181,10 @@ class StepGradient:
         return self._of.at(
             recipe, scalarized(self._losses, weights.tolist()), self._parts[step % len(self._parts)]
         )
+
+
+def dealt(questions: Sequence[Question], size: int | None, seed: int) -> list[tuple[Question, ...]]:
+    """The questions dealt out at random to parts of `size` or a little more, each in the split's order; None: one."""
+    count = max(1, len(questions) // (size or len(questions)))
+    order = np.random.default_rng(seed).permutation(len(questions))
+    return [tuple(questions[i] for i in sorted(part)) for part in np.array_split(order, count)]

@@ -17,6 +17,8 @@ from objectives.equivalence import EmbeddingEquivalence, EntailmentEquivalence, 
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.generation import AnswerSampler, Decoding
 from objectives.metrics import Metric, find_metric
+from objectives.outcomes import Outcomes
+from objectives.power import Power, note_on, powers
 from objectives.prompts import PromptSet, load_prompts
 from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
@@ -29,6 +31,8 @@ from search.merging.placement import choose_device
 from search.space import CoefficientSpace, Recipe
 
 if TYPE_CHECKING:
+    from objectives.losses import Loss
+    from objectives.tasks import Question
     from search.samplers import WeightedGradient
 
 Split = Literal["search", "report"]
@@ -89,12 +93,19 @@ class Materials:
             self.scorer.use(config.batch_tokens)
         twin = copy(self)
         object.__setattr__(twin, "config", config)
+        for key in ("gradient", "_parts"):  # the sampler's own
+            twin.__dict__.pop(key, None)
         return twin
 
     @property
     def notes(self) -> list[str]:
         """What a user should know before trusting the numbers."""
-        return [*self.parents.notes, *self.questions.notes]
+        few = note_on(self.power("search"), self.power("report"))
+        return [*self.parents.notes, *self.questions.notes, *([] if few is None else [few])]
+
+    def power(self, split: Split, pair: tuple[Outcomes, Outcomes] | None = None) -> list[Power]:
+        """What one split can show of the objectives; `pair` is as for `objectives.power.powers`."""
+        return powers(self.metrics, [question.task for question in self.questions.of(split)], pair)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -147,20 +158,45 @@ class Materials:
         """Scores the live model on one split."""
         return self.evaluator(split).evaluate(progress)
 
+    @property
+    def proposal_evaluations(self) -> float:
+        """What a proposal of the study's engine costs at most, in evaluations of the search split."""
+        if self.config.sampler.engine != "gradient":
+            return 0.0
+        from objectives.backward import passes
+        from objectives.losses import scalarized
+        from search.samplers.gradient_engine import STEPS
+
+        most = scalarized(self._losses, [1.0] * len(self._losses))
+        return (self.config.sampler.steps or STEPS) * passes(most) / len(self._parts)
+
+    @cached_property
     def gradient(self) -> WeightedGradient:
         """Gradients on the search split of weighted sums of the objectives' stand-ins; each call moves the live model.
 
         Raises:
-            ConfigError: merge.method is not linear, or an objective has no stand-in.
+            ConfigError: merge.method is not linear, an objective has no stand-in, or the model does not take token
+                trees.
         """
-        from objectives.losses import stand_in
         from search.gradient import CoefficientGradient, StepGradient
+        from search.samplers.gradient_engine import STEPS
 
-        losses = [stand_in(metric.name) for metric in self.metrics]
-        questions, sampler = self.questions.search, self.config.sampler
-        of = CoefficientGradient(self.live, self.space, self.scorer, questions, self.config.tasks)
-        evaluation = self.evaluator("search").tokens
-        return StepGradient(of, losses, questions, sampler.batch, sampler.seed, evaluation)
+        of = CoefficientGradient(self.live, self.space, self.scorer, self.questions.search, self.config.tasks)
+        proposal = self.proposal_evaluations * self.evaluator("search").tokens
+        tokens = -int(-proposal // (self.config.sampler.steps or STEPS))
+        return StepGradient(of, self._losses, self._parts, tokens)
+
+    @cached_property
+    def _losses(self) -> list[Loss]:
+        from objectives.losses import stand_in
+
+        return [stand_in(metric.name) for metric in self.metrics]
+
+    @cached_property
+    def _parts(self) -> list[tuple[Question, ...]]:
+        from search.gradient import dealt
+
+        return dealt(self.questions.search, self.config.sampler.batch, self.config.sampler.seed)
 
     def diversify(self, split: Split, tempering: float = 1.0) -> Diversity | None:
         """Samples answers of the live model to one split's prompts and measures them; None without such a section.

@@ -31,9 +31,12 @@ def create(
         materials: those of the config, opened before.
 
     Raises:
-        ConfigError: the study exists with another config, or `fresh` and it exists.
+        ConfigError: the study exists with another config, or `fresh` and it exists, or its engine follows gradients
+            and this model has none.
     """
     materials = materials or Materials.open(config, device)
+    if config.sampler.engine == "gradient":
+        _ = materials.gradient  # a model without one is refused now, not after the baselines
     objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
     store = StudyStore.create(url, config.name, objectives, **options)
     with store.exclusive():

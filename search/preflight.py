@@ -1,20 +1,25 @@
-"""What `check` prints: what a study is made of and what it would take. Nothing is merged or scored."""
+"""What `check` prints: what a study is made of, what it would take, what it can show. Nothing is merged or scored."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from search.config import StudyConfig
+from objectives.outcomes import Outcomes
+from objectives.power import differences
+from search.database import sqlite_path
+from search.errors import MergefrontError
+from search.evidence import EvidenceFolder
 from search.materials import Materials
+from search.storage import StudyStore
 from search.study import BASELINES
 
 MIB = 2**20
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def describe(materials: Materials) -> list[str]:
-    """Lines on parents, groups, questions, memory, disk and work of a study."""
+def describe(materials: Materials, url: str) -> list[str]:
+    """Lines on parents, groups, questions, memory, disk, work and power of a study; `url` is that of its storage."""
     config, parents, space = materials.config, materials.parents, materials.space
     numbers = parents.parameters
     live = numbers * _BYTES[config.merge.dtype]
@@ -38,7 +43,10 @@ def describe(materials: Materials) -> list[str]:
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
     ]
     if config.sampler.engine == "gradient":
-        lines.append(f"gradient    {_gradient_cost(config):,} times that before each trial is proposed")
+        lines.append(
+            f"gradient    {materials.proposal_evaluations:.3g} times that before each trial is proposed"
+        )
+    lines += _power(materials, url)
     lines += [f"note        {note}" for note in materials.notes]
     if idle := _equal_groups(materials):
         lines.append(
@@ -46,6 +54,43 @@ def describe(materials: Materials) -> list[str]:
             f"nothing: {_shortened(idle)}"
         )
     return [*lines, "ready       mergefront launch runs it"]
+
+
+def _power(materials: Materials, url: str) -> list[str]:
+    """What the report split can show, from the answers of `post` and a uniform 0.5 once they are stored."""
+    pair = _stored_pair(materials, url)
+    found = materials.power("report", pair)
+    if not found:
+        return []
+    errors = ", ".join(f"{one.standard_error:.3f}" for one in found)
+    return [
+        f"power       differences {differences(found)} show on {len(materials.questions.report)} report questions "
+        f"(80 % power); standard errors {errors}; "
+        + ("spreads assumed" if pair is None else "from the stored answers of post and uniform 0.5")
+    ]
+
+
+def _stored_pair(materials: Materials, url: str) -> tuple[Outcomes, Outcomes] | None:
+    """Answers of `post` and the uniform 0.5 to the search split, if a study of this name has scored both there.
+
+    Looked for in SQLite files only: a server may be slow to answer, and gets its tables from whoever asks first.
+    """
+    database = sqlite_path(url)
+    if database is None or not database.exists():
+        return None
+    try:
+        store = StudyStore.open(url, materials.config.name)
+        if (store.attribute("identity") or {}).get("questions") != materials.questions.digest:
+            return None
+        evidence = EvidenceFolder(url, store.name)
+        keys = [materials.space.uniform(coefficient).key for coefficient in (1.0, 0.5)]
+        trials = [trial for key in keys if (trial := store.scored(key)) is not None]
+        answers = [evidence.load(str(trial.attributes["evidence"])).outcomes for trial in trials]
+    except (
+        MergefrontError
+    ):  # nothing there yet, or broken: `launch` says so, `check` is not about the storage
+        return None
+    return (answers[0], answers[1]) if len(answers) == 2 else None
 
 
 def _equal_groups(materials: Materials) -> tuple[str, ...]:
@@ -58,16 +103,6 @@ def _equal_groups(materials: Materials) -> tuple[str, ...]:
         for group in materials.space.groups
         if all(torch.equal(pre.tensor(name), post.tensor(name)) for name in group.tensors)
     )
-
-
-def _gradient_cost(config: StudyConfig) -> int:
-    """Evaluations that one proposal of the gradient engine costs."""
-    from objectives.backward import passes
-    from objectives.losses import scalarized, stand_in
-    from search.samplers.gradient_engine import STEPS
-
-    losses = [stand_in(name) for name in config.objectives]
-    return (config.sampler.steps or STEPS) * passes(scalarized(losses, [1.0] * len(losses)))
 
 
 def _work(tokens: float, numbers: int) -> str:

@@ -39,7 +39,7 @@ from search.materials import Materials, Split
 from search.merging.placement import device_title
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
-from search.samplers import Engine, Sources, WeightedGradient, make_engine
+from search.samplers import Engine, Proposal, Sources, WeightedGradient, make_engine
 from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
 
@@ -127,7 +127,7 @@ def run(
 
     def gradient() -> WeightedGradient:
         _size_batches(store, materials)  # called while a trial is drawn, so the store is held
-        return materials.gradient()
+        return materials.gradient
 
     evidence = EvidenceFolder(store.url, store.name)
 
@@ -184,7 +184,7 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
         recipe, tags = space.uniform(coefficient), engine.baseline_tags(missing)
     else:
         with worker.watch.measuring("propose"):
-            proposal = engine.propose(history, draw=len(history))
+            proposal = _proposed(engine, history)
         kind, tags = "search", proposal.tags
         recipe = space.from_vector([proposal.coefficients[name] for name in space.names])
     return store.claim(
@@ -196,14 +196,27 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
     )
 
 
+def _proposed(engine: Engine, history: Sequence[TrialRecord]) -> Proposal:
+    """The next proposal. There is no trial yet that could fail, so the study stops if there is none.
+
+    Raises:
+        EvaluationError: a gradient is not finite, or does not fit into memory.
+    """
+    try:
+        return engine.propose(history, draw=len(history))
+    except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise EvaluationError(f"trial {len(history)} could not be proposed: {reason}") from error
+
+
 def _affordable(worker: _Worker, history: Sequence[TrialRecord]) -> bool:
-    """Whether the study's tokens, if it counts them, suffice for one more evaluation beside those under way."""
+    """Whether the study's tokens, if it counts them, suffice for one more trial beside those under way."""
     limit = worker.store.attribute("tokens")
     if limit is None:
         return True
     open_ = sum(record.state in ("running", "waiting") for record in history)
     evaluation = worker.materials.evaluator("search").tokens
-    due = (open_ + 1) * evaluation + worker.engine.cost(evaluation)
+    due = (open_ + 1) * evaluation + worker.engine.cost(evaluation)  # those under way have paid for theirs
     return sum(record.tokens for record in history) + due <= int(limit)
 
 

@@ -26,6 +26,7 @@ from search.merging.live import LiveModel
 from search.merging.parents import Parents
 from search.space import CoefficientSpace, Recipe
 from tests.pico import block_network, pico_model, pico_tokenizer
+from tests.test_placement import spread_by_hand
 from tests.test_scoring import sharp, some_questions
 
 SPACE = SpaceConfig(granularity="layer", components=["attention", "mlp"], low=-0.2, high=1.2)
@@ -145,6 +146,27 @@ def test_bfloat16_points_the_same_way(tmp_path: Path) -> None:
     assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
 
 
+def test_float16_loses_nothing_to_many_questions(tmp_path: Path) -> None:
+    """A question's share of a mean over hundreds is below what float16 can tell from zero."""
+    parents, questions = save_parents(tmp_path), asked(150, 1)
+    exact, half = (gradient_of(parents, questions, dtype, 4000) for dtype in ("float32", "float16"))
+    wanted, found = (g.at(some_recipe(g.space), CROSS_ENTROPY).gradient for g in (exact, half))
+    assert np.linalg.norm(found - wanted) < 0.005 * np.linalg.norm(wanted)
+
+
+def test_a_spread_model_has_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through accelerate's hooks, with a shared prefix whose keys lie where their layers do."""
+    parents, questions = save_parents(tmp_path), asked(6, 2)
+    whole = gradient_of(parents, questions, "float32", 600)
+    wanted = whole.at(some_recipe(whole.space), MIXED)
+    monkeypatch.setattr("search.merging.live.place", lambda model, device: spread_by_hand(model, "spread"))
+    spread = gradient_of(parents, questions, "float32", 600)
+    found = spread.at(some_recipe(spread.space), MIXED)
+    assert hasattr(spread._live.model.model.layers[0], "_hf_hook")
+    assert np.array_equal(found.gradient, wanted.gradient)
+    assert found.tokens == wanted.tokens
+
+
 def test_batches_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parents, questions = save_parents(tmp_path), asked(8, 2)
     recipe = some_recipe(gradient_of(parents, questions).space)
@@ -247,9 +269,8 @@ def test_what_cannot_be_differentiated(tmp_path: Path, monkeypatch: pytest.Monke
         raise objectives.packed.Unpackable("layers of type 'state space' are no plain attention")
 
     monkeypatch.setattr("objectives.scoring.PackedModel", refuse)
-    plain_only = gradient_of(parents, questions)
     with pytest.raises(ConfigError, match=r"needs a model that takes token trees.*state space"):
-        plain_only.at(some_recipe(plain_only.space), BRIER)
+        gradient_of(parents, questions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from objectives.packed import Unpackable
 from search.config import SamplerConfig, load_study_file
 from search.errors import ConfigError
 from search.opening import create
 from search.samplers import Engine, make_engine
 from search.samplers.gradient_engine import spread
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, run, set_budget
+from search.study import BASELINES, run, set_budget, set_tokens
 from search.trials import PROPOSAL_TOKENS
 from tests.conftest import Cli
 from tests.pico_study import write_study
@@ -124,6 +125,70 @@ def test_cost_is_stored_with_the_trial(tmp_path: Path) -> None:
     tokens = materials.scorer.prepare(materials.questions.search)
     # Two steps of four: scored, forward, backward twice.
     assert [t.tags.get(PROPOSAL_TOKENS) for t in store.trials()] == [None] * FIRST + [2 * 4 * tokens] * 2
+
+
+def test_a_budget_of_tokens_counts_the_next_proposal(tmp_path: Path) -> None:
+    """Baselines, two trials of one evaluation and two steps of four each; a third would not fit by one token."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    store, materials = opened(study(tmp_path, 9), url)
+    tokens = materials.evaluator("search").tokens
+    set_tokens(store, (FIRST + 3 * 9) * tokens - 1)
+    run(store, materials, report=False)
+    trials = store.trials()
+    assert len(trials) == FIRST + 2
+    assert sum(trial.tokens for trial in trials) == (FIRST + 2 * 9) * tokens
+    set_tokens(store, (FIRST + 3 * 9) * tokens)
+    run(store, materials, report=False)
+    assert len(store.trials()) == FIRST + 3
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, "gradient: not finite in group embeddings"),
+        (RuntimeError("[enforce fail]\nDefaultCPUAllocator: can't allocate"), "can't allocate"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_gradient_that_fails_stops_the_study_cleanly(
+    error: Exception | None, message: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, exit code 1, no half-made trial; without the cause the same command goes on."""
+
+    def broken(*tensors: Any) -> float:
+        if error is not None:
+            raise error
+        return float("nan")
+
+    path = study(tmp_path / "study", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr("search.gradient.coefficient_derivative", broken)
+        code, out, err = cli("launch", path)
+    assert (code, out) == (1, "")
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"error: trial {FIRST} could not be proposed: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert "defect" not in err
+    trials = StudyStore.open("sqlite:///runs/pico/study.db", "pico").trials()
+    assert [trial.state for trial in trials] == ["complete"] * FIRST
+    code, _, err = cli("launch", path)
+    assert code == 0, err
+
+
+def test_a_model_without_gradients_is_refused_before_anything_is_written(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any) -> None:
+        raise Unpackable("layers of type 'state space' are no plain attention")
+
+    monkeypatch.setattr("objectives.scoring.PackedModel", refuse)
+    code, out, err = cli("launch", study(tmp_path / "study"))
+    assert (code, out) == (2, "")
+    assert "needs a model that takes token trees" in err
+    assert "state space" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_check_says_what_a_proposal_costs(tmp_path: Path, cli: Cli) -> None:

@@ -104,11 +104,11 @@ def fit_items(
 
     Args:
         bank: `(m, n)` of 0 and 1 (or bool): whether recipe j answered question i rightly.
-        dimensions: d, at least 1 and below m.
+        dimensions: d, at least 1, below m and at most n.
         discrimination_ridge, difficulty_ridge: r_A and r_B, above 0.
 
     Raises:
-        ConfigError: dimensions or a ridge out of range, or too few recipes for the dimensions.
+        ConfigError: dimensions or a ridge out of range, or too few recipes or questions for the dimensions.
         EvaluationError: another shape, no questions, or entries other than 0 and 1.
 
     >>> fit_items([[0, 0, 1], [0, 1, 1], [1, 1, 1]], 1).difficulty.argsort().tolist()
@@ -118,10 +118,10 @@ def fit_items(
 
     y = _answers(bank, "bank", ndim=2)
     m, n = y.shape
-    if dimensions < 1 or m <= dimensions:
+    if dimensions < 1 or m <= dimensions or n < dimensions:
         raise ConfigError(
-            f"items: {m} scored recipes for {dimensions} dimensions of ability (wanted at least 1 dimension, and more "
-            "recipes than dimensions). Score more recipes first."
+            f"items: {m} scored recipes and {n} questions for {dimensions} dimensions of ability (wanted at least 1 "
+            "dimension, more recipes than dimensions and no fewer questions). Score more first."
         )
     _require_ridge("discrimination_ridge", discrimination_ridge)
     _require_ridge("difficulty_ridge", difficulty_ridge)

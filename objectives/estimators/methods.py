@@ -60,8 +60,8 @@ class Estimator:
     ) -> float:
         """The estimated share of right answers on all items, in [0, 1]; higher is better.
 
-        With all items observed it is the mean of the answers, whatever the items' parameters. The order of the
-        observed items does not matter.
+        With all items observed, and weights that are alike, it is the mean of the answers, whatever the items'
+        parameters. The order of the observed items does not matter.
 
         Args:
             items: fitted on a bank of scored recipes.
@@ -90,7 +90,9 @@ class Estimator:
         else:
             parents = np.asarray(parents_ability, dtype=np.float64)
             ability = fit_mixture(items, parents, seen, y) @ parents
-        filled = p_irt(items, ability, seen, mean)
+        filled = p_irt(
+            items, ability, seen, float(y.mean())
+        )  # what was seen counts as what it is: one item each
         return filled + self.c * (mean - filled)
 
 
