@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from search.config import SamplerConfig
+from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, WeightedGradient
 
 __all__ = ["Engine", "Proposal", "WeightedGradient", "make_engine"]

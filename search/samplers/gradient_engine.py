@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.config import SamplerConfig
+from search.sampler_config import SamplerConfig
 from search.samplers.engine import Proposal, WeightedGradient, seed_of
 from search.storage import TrialRecord
 from search.trials import PROPOSAL_TOKENS

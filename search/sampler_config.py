@@ -1,0 +1,65 @@
+"""The section `sampler` of a study file, typed, and what every section has in common."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+OPTUNA_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc", "grid")
+PYMOO_ALGORITHMS = ("nsga2", "nsga3", "unsga3", "sms-emoa", "spea2", "ctaea", "ga")
+SINGLE_OBJECTIVE = ("ga",)
+GRADIENT_METHODS = ("adam",)
+_SAMPLERS = {"optuna": OPTUNA_SAMPLERS, "pymoo": PYMOO_ALGORITHMS, "gradient": GRADIENT_METHODS}
+
+
+class Section(BaseModel):
+    """A part of a study file: unknown keys, guessed types and numbers that are none are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+class SamplerConfig(Section):
+    """What proposes the next recipe.
+
+    `population` is for genetic algorithms, `startup` (random trials before the model takes over) for tpe and gp,
+    `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of weights
+    between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient.
+    """
+
+    engine: Literal["optuna", "pymoo", "gradient"] = "optuna"
+    name: str = "tpe"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    population: int | None = Field(default=None, ge=4, le=10_000)
+    startup: int | None = Field(default=None, ge=0, le=10_000)
+    points: int | None = Field(default=None, ge=2, le=1001)
+    steps: int | None = Field(default=None, ge=1, le=10_000)
+    rate: float | None = Field(default=None, gt=0.0, le=10.0)
+    weights: int | None = Field(default=None, ge=1, le=1000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_method(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("engine") == "gradient" and "name" not in value:
+            return {**value, "name": GRADIENT_METHODS[0]}
+        return value
+
+    @model_validator(mode="after")
+    def _known_sampler(self) -> SamplerConfig:
+        known = _SAMPLERS[self.engine]
+        if self.name not in known:
+            raise ValueError(
+                f"name: {self.engine} has no '{self.name}' here. Choose one of: {', '.join(known)}"
+            )
+        genetic = self.engine == "pymoo" or self.name in ("nsga2", "nsga3")
+        for key, fits in (
+            ("population", genetic),
+            ("startup", self.name in ("tpe", "gp")),
+            ("points", self.name == "grid"),
+            ("steps", self.engine == "gradient"),
+            ("rate", self.engine == "gradient"),
+            ("weights", self.engine == "gradient"),
+        ):
+            if getattr(self, key) is not None and not fits:
+                raise ValueError(f"{key}: does not go with {self.engine} {self.name}; remove it")
+        return self
