@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import find_metric
 from search.errors import ConfigError
-from search.sampler_config import SINGLE_OBJECTIVE, SamplerConfig, Section
+from search.sampler_config import SINGLE_OBJECTIVE, CoarseConfig, SamplerConfig, Section
 from search.strict_yaml import load_yaml
 
 SCHEMA = 1
@@ -208,6 +208,11 @@ class StudyConfig(Section):
                 f"sampler.name: {sampler.engine} {sampler.name} searches one objective, found "
                 f"{len(self.objectives)}; name one, or choose nsga2"
             )
+        key = "knots" if sampler.knots else "coarse"
+        if (sampler.knots or sampler.coarse) and self.space.granularity == "uniform":
+            raise ValueError(
+                f"sampler.{key}: space.granularity uniform has one coefficient only; remove one of the two"
+            )
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -346,7 +351,9 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
     for part in path:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation if part in model.model_fields else None
-            model = {"tasks": TaskConfig, "diversity": DiversityConfig}.get(part, annotation)
+            model = {"tasks": TaskConfig, "diversity": DiversityConfig, "coarse": CoarseConfig}.get(
+                part, annotation
+            )
     fields = getattr(model, "model_fields", {})
     return [field.alias or name for name, field in fields.items()]
 

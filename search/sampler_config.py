@@ -19,12 +19,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
+class CoarseConfig(Section):
+    """From coarse to fine: `start` blocks of groups, one of which is split after `every` complete search trials."""
+
+    start: int = Field(default=2, ge=1, le=100_000)
+    every: int = Field(default=12, ge=1, le=100_000)
+
+
 class SamplerConfig(Section):
     """What proposes the next recipe.
 
     `population` is for genetic algorithms, `startup` (random trials before the model takes over) for tpe and gp,
     `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of weights
     between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient.
+
+    `knots` or `coarse` let any engine move fewer numbers than there are coefficients (`search.samplers.subspace`):
+    so many knots for each component, interpolated over the layers, or blocks that are split in the course of the study.
     """
 
     engine: Literal["optuna", "pymoo", "gradient"] = "optuna"
@@ -36,6 +46,8 @@ class SamplerConfig(Section):
     steps: int | None = Field(default=None, ge=1, le=10_000)
     rate: float | None = Field(default=None, gt=0.0, le=10.0)
     weights: int | None = Field(default=None, ge=1, le=1000)
+    knots: int | None = Field(default=None, ge=1, le=1000)
+    coarse: CoarseConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -62,4 +74,20 @@ class SamplerConfig(Section):
         ):
             if getattr(self, key) is not None and not fits:
                 raise ValueError(f"{key}: does not go with {self.engine} {self.name}; remove it")
+        if self.coarse is not None and self.name in ("grid", "qmc"):
+            raise ValueError(
+                f"coarse: {self.engine} {self.name} covers one fixed space evenly; remove it, or choose another name"
+            )
+        if self.coarse is not None and self.knots is not None:
+            raise ValueError("knots, coarse: found both; remove one of the two")
         return self
+
+    @property
+    def title(self) -> str:
+        """In a few words, for people."""
+        text = f"{self.engine} {self.name}"
+        if self.knots is not None:
+            return f"{text}, {self.knots} knots"
+        if self.coarse is not None:
+            return f"{text}, coarse {self.coarse.start} every {self.coarse.every}"
+        return text

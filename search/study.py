@@ -108,6 +108,7 @@ def run(
         (materials.space.low, materials.space.high),
         tuple(metric.maximize for metric in materials.metrics),
         gradient,
+        materials.idle,
     )
     evidence = EvidenceFolder(store.url, store.name)
     worker = _Worker(store, materials, evidence, engine, observer or Observer(), Stopwatch())

@@ -69,7 +69,9 @@ class GradientEngine:
             adam = _Adam(self._rate, len(x))
         else:
             x = np.array([last.coefficients[group] for group in self._groups])
-            adam = _Adam(self._rate, len(x), **last.tags[_ADAM])
+            kept = last.tags[_ADAM]
+            # Moments of other coordinates, from before blocks were split (`coarse`), are of no use to these.
+            adam = _Adam(self._rate, len(x), **(kept if len(kept["first"]) == len(x) else {}))
         gradient, tokens = self._gradient(), 0
         for _ in range(self._steps):
             here = gradient(x, weights)
