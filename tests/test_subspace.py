@@ -21,7 +21,7 @@ from search.sampler_config import SamplerConfig
 from search.samplers import Engine, make_engine
 from search.samplers.coarse import first_blocks, from_tag, split, to_tag
 from search.samplers.subspace import Blocks, Knots, Moving, Subspace
-from search.space import places_of
+from search.space import CoefficientSpace, places_of
 from search.storage import StudyStore, TrialRecord
 from search.study import BASELINES, run, set_budget
 from tests.pico_study import write_study
@@ -428,3 +428,16 @@ def test_embeddings_that_training_left_alone_are_left_alone(tmp_path: Path) -> N
 def test_study_files_that_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_study_file(write_study(tmp_path, **keys))
+
+
+@pytest.mark.parametrize("head", [(), ("lm_head.weight",)])
+@pytest.mark.parametrize("file", ["slerp-ga.yaml", "slerp-nsga2.yaml"])
+def test_the_presets_have_eleven_genes(file: str, head: tuple[str, ...]) -> None:
+    config = load_study_file(Path(__file__).parents[1] / "studies" / "mergenetic" / file)
+    parts = ("self_attn.q_proj", "mlp.up_proj", "input_layernorm", "post_attention_layernorm")
+    layers = [f"model.layers.{layer}.{part}.weight" for layer in range(32) for part in parts]
+    tensors = ("model.embed_tokens.weight", *layers, "model.norm.weight", *head)
+    space = CoefficientSpace.build(tensors, config.space, config.merge.method)
+    knots = Knots(space.names, config.sampler.knots or 0)
+    assert knots.names == (*(f"{c}.{k}" for c in ("attention", "mlp") for k in range(5)), "outside")
+    assert (config.sampler.population, space.low, space.high) == (10, 0.0, 1.0)
