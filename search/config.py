@@ -8,23 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import find_metric
 from search.errors import ConfigError
+from search.sampler_config import SINGLE_OBJECTIVE, CoarseConfig, SamplerConfig, Section
 from search.strict_yaml import load_yaml
 
 SCHEMA = 1
-OPTUNA_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc", "grid")
-PYMOO_ALGORITHMS = ("nsga2", "nsga3", "unsga3", "sms-emoa", "spea2", "ctaea")
-_SAMPLERS = {
-    "optuna": OPTUNA_SAMPLERS,
-    "pymoo": PYMOO_ALGORITHMS,
-    "gradient": ("adam",),
-    "composite": ("gp",),
-    "line": ("uniform",),
-}
 
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
@@ -33,32 +25,28 @@ _NOT_IDENTITY = re.compile(
 )
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-class ParentsConfig(_Section):
+class ParentsConfig(Section):
     """The two checkpoints: a folder, or a hub id such as `org/name` or `org/name@revision`."""
 
     pre: str = Field(min_length=1)
     post: str = Field(min_length=1)
 
 
-class MergeConfig(_Section):
+class MergeConfig(Section):
     """How two tensors become one, and the dtype of the result."""
 
     method: Literal["linear", "slerp"] = "linear"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-class SpaceConfig(_Section):
+class SpaceConfig(Section):
     """Which tensors share a coefficient, and how far a coefficient may go: 0 is `pre`, 1 is `post`.
 
     Bounds hold both parents, since the parents and the uniform line are trials of every study and seed its search.
     """
 
     granularity: str = "layer"
-    components: list[Literal["attention", "mlp", "norms"]] = []
+    components: list[Literal["attention", "mlp", "norms"]] = Field(default=[])
     low: float = Field(default=0.0, ge=-10.0, le=0.0)
     high: float = Field(default=1.0, ge=1.0, le=10.0)
 
@@ -82,7 +70,7 @@ class SpaceConfig(_Section):
         return self
 
 
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """One source of questions: a preset, or JSON lines / a dataset with fields of your own."""
 
     preset: str | None = None
@@ -104,7 +92,7 @@ class TaskConfig(_Section):
         return self
 
 
-class SplitConfig(_Section):
+class SplitConfig(Section):
     """`search`: the share of questions that steers the search; the others are the report split.
 
     `report` says which trials are scored on the report split when the search is over: the front with its baselines,
@@ -116,7 +104,7 @@ class SplitConfig(_Section):
     report: Literal["front", "all"] = "front"
 
 
-class DiversityConfig(_Section):
+class DiversityConfig(Section):
     """Answers that are sampled in every trial, and how they are drawn.
 
     `prompts` is a file of JSON lines with `prompt` or `question`; search and report split share none. `equivalence` is
@@ -142,55 +130,7 @@ class DiversityConfig(_Section):
         return self
 
 
-class SamplerConfig(_Section):
-    """What proposes the next recipe.
-
-    `population` is for genetic algorithms, `startup` (random trials before the model takes over) for tpe and gp,
-    `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of weights
-    between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient;
-    each step reads `batch` questions (all of them without it).
-    """
-
-    engine: Literal["optuna", "pymoo", "gradient", "composite", "line"] = "optuna"
-    name: str = "tpe"
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    population: int | None = Field(default=None, ge=4, le=10_000)
-    startup: int | None = Field(default=None, ge=0, le=10_000)
-    points: int | None = Field(default=None, ge=2, le=1001)
-    steps: int | None = Field(default=None, ge=1, le=10_000)
-    rate: float | None = Field(default=None, gt=0.0, le=10.0)
-    weights: int | None = Field(default=None, ge=1, le=1000)
-    batch: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_name(cls, value: Any) -> Any:
-        names = _SAMPLERS.get(str(value.get("engine")), ()) if isinstance(value, dict) else ()
-        return {"name": names[0], **value} if len(names) == 1 else value
-
-    @model_validator(mode="after")
-    def _known_sampler(self) -> SamplerConfig:
-        known = _SAMPLERS[self.engine]
-        if self.name not in known:
-            raise ValueError(
-                f"name: {self.engine} has no '{self.name}' here. Choose one of: {', '.join(known)}"
-            )
-        genetic = self.engine == "pymoo" or self.name in ("nsga2", "nsga3")
-        for key, fits in (
-            ("population", genetic),
-            ("startup", self.name in ("tpe", "gp")),  # gp: Optuna's, and the composite engine's
-            ("points", self.name == "grid"),
-            ("steps", self.engine == "gradient"),
-            ("rate", self.engine == "gradient"),
-            ("weights", self.engine == "gradient"),
-            ("batch", self.engine == "gradient"),
-        ):
-            if getattr(self, key) is not None and not fits:
-                raise ValueError(f"{key}: does not go with {self.engine} {self.name}; remove it")
-        return self
-
-
-class StudyConfig(_Section):
+class StudyConfig(Section):
     """A whole study file.
 
     The search ends after `trials` trials beyond the baselines, or before the trial with which it could exceed `tokens`
@@ -201,7 +141,7 @@ class StudyConfig(_Section):
     where two studies shall be equal bit by bit.
     """
 
-    model_config = ConfigDict(**(_Section.model_config | ConfigDict(populate_by_name=True)))
+    model_config = ConfigDict(**(Section.model_config | ConfigDict(populate_by_name=True)))
 
     schema_version: Literal[1] = Field(alias="schema")
     name: str = Field(pattern=r"^[a-z0-9-]{1,64}$")
@@ -210,7 +150,7 @@ class StudyConfig(_Section):
     space: SpaceConfig = SpaceConfig()
     tasks: Annotated[list[TaskConfig], Field(min_length=1, max_length=64)]
     split: SplitConfig = SplitConfig()
-    objectives: Annotated[list[str], Field(min_length=1, max_length=8)] = ["accuracy", "ece"]
+    objectives: list[str] = Field(default=["accuracy", "ece"], min_length=1, max_length=8)
     diversity: DiversityConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
     trials: int = Field(default=64, ge=0, le=1_000_000)
@@ -268,6 +208,21 @@ class StudyConfig(_Section):
                 stand_in(name)
             except ConfigError as error:
                 raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> StudyConfig:
+        sampler = self.sampler
+        if sampler.name in SINGLE_OBJECTIVE and len(self.objectives) > 1:
+            raise ValueError(
+                f"sampler.name: {sampler.engine} {sampler.name} searches one objective, found "
+                f"{len(self.objectives)}; name one, or choose nsga2"
+            )
+        key = "knots" if sampler.knots else "coarse"
+        if (sampler.knots or sampler.coarse) and self.space.granularity == "uniform":
+            raise ValueError(
+                f"sampler.{key}: space.granularity uniform has one coefficient only; remove one of the two"
+            )
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -406,7 +361,9 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
     for part in path:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation if part in model.model_fields else None
-            model = {"tasks": TaskConfig, "diversity": DiversityConfig}.get(part, annotation)
+            model = {"tasks": TaskConfig, "diversity": DiversityConfig, "coarse": CoarseConfig}.get(
+                part, annotation
+            )
     fields = getattr(model, "model_fields", {})
     return [field.alias or name for name, field in fields.items()]
 

@@ -122,6 +122,18 @@ class Materials:
                 found["equivalence"] = Checkpoint.open(Path(judge)).sha256()
         return found
 
+    @cached_property
+    def idle(self) -> tuple[str, ...]:
+        """Groups that post-training left as they were, such as the embeddings under LoRA: no merge changes them."""
+        import torch
+
+        pre, post = self.parents.pre, self.parents.post
+        return tuple(
+            group.name
+            for group in self.space.groups
+            if all(torch.equal(pre.tensor(name), post.tensor(name)) for name in group.tensors)
+        )
+
     def provenance(self) -> dict[str, dict[str, str | None]]:
         """Where each parent came from, what exactly it is, and under which licence its own card puts it."""
         return provenance(self.config, self.parents)

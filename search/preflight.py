@@ -36,8 +36,7 @@ def describe(materials: Materials, url: str) -> list[str]:
         f"groups      {space.dim}: {_shortened(space.names)}",
         f"questions   {len(split.search)} search, {len(split.report)} report, of {', '.join(split.task_names)}",
         f"objectives  {', '.join(m.name + (' up' if m.maximize else ' down') for m in materials.metrics)}",
-        f"search      {config.sampler.engine} {config.sampler.name}, {len(BASELINES)} baselines "
-        f"+ {config.trials} trials",
+        f"search      {config.sampler.title}, {len(BASELINES)} baselines + {config.trials} trials",
         f"memory      {live / MIB:,.0f} MiB for the live model; the parents stay on disk, mapped",
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
@@ -48,10 +47,11 @@ def describe(materials: Materials, url: str) -> list[str]:
         )
     lines += _power(materials, url)
     lines += [f"note        {note}" for note in materials.notes]
-    if idle := _equal_groups(materials):
+    if idle := materials.idle:
+        left = " and are left at 0" if len(idle) < space.dim else ""
         lines.append(
             f"note        {len(idle)} of {space.dim} groups are equal in both parents, their coefficients change "
-            f"nothing: {_shortened(idle)}"
+            f"nothing{left}: {_shortened(idle)}"
         )
     return [*lines, "ready       mergefront launch runs it"]
 
@@ -91,18 +91,6 @@ def _stored_pair(materials: Materials, url: str) -> tuple[Outcomes, Outcomes] | 
     ):  # nothing there yet, or broken: `launch` says so, `check` is not about the storage
         return None
     return (answers[0], answers[1]) if len(answers) == 2 else None
-
-
-def _equal_groups(materials: Materials) -> tuple[str, ...]:
-    """Groups that post-training left as they were, such as the embeddings under LoRA."""
-    import torch
-
-    pre, post = materials.parents.pre, materials.parents.post
-    return tuple(
-        group.name
-        for group in materials.space.groups
-        if all(torch.equal(pre.tensor(name), post.tensor(name)) for name in group.tensors)
-    )
 
 
 def _work(tokens: float, numbers: int) -> str:

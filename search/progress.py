@@ -135,7 +135,7 @@ class ProgressPrinter(Observer):
         split = facts["questions"]
         lines = [
             f"{config.name}  {len(self._objectives)} objectives ({aims})  {self._materials.space.dim} coefficients, "
-            f"{config.merge.method}  {sampler.engine} {sampler.name} seed {sampler.seed}",
+            f"{config.merge.method}  {sampler.title} seed {sampler.seed}",
             f"parents    {config.parents.pre}  +  {config.parents.post}  {_count(facts['parameters'])} parameters",
             f"questions  {split['search']} search, {split['report']} report  ({', '.join(facts['tasks'])})",
             f"storage    {shown(self._store.url)}  {state}, {max(self._total - self._before, 0)} to go",

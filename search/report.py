@@ -50,7 +50,7 @@ def write_report(store: StudyStore, out: Path) -> list[Path]:
     """
     board, config = read_board(store), stored_config(store)
     _make_folder(out / "plots")  # before the work: most of what can go wrong with `out` shows here
-    setting = f"{config.sampler.engine} {config.sampler.name}, seed {config.sampler.seed}"
+    setting = f"{config.sampler.title}, seed {config.sampler.seed}"
     panels, split = reliability_panels(store, board)
     where = f"{split.capitalize()} split{', unseen by the search' if split == 'report' else ''}"
     pictures = {

@@ -157,6 +157,27 @@ def layer_of_group(name: str) -> tuple[float, str] | None:
     return (first + last) / 2, match[3] or "layer"
 
 
+def places_of(groups: Sequence[str]) -> list[tuple[float, str]]:
+    """Depth and component of every group of a space, of any granularity.
+
+    Groups outside the layers have no component: embeddings lie before all layers, the others behind them.
+
+    >>> places_of(("embeddings", "layer.3.mlp", "model.layers.2.self_attn.q_proj.weight", "head"))
+    [(-inf, ''), (3.0, 'mlp'), (2.0, 'attention'), (inf, '')]
+    """
+    sandwich = any("feedforward_layernorm" in name for name in groups)
+    found = []
+    for name in groups:
+        place = layer_of_group(name)
+        if (
+            place is None and (inside := _layer_of(name)) is not None
+        ):  # a tensor with a coefficient of its own
+            place = float(inside[0]), _component_of(inside[1], ("attention", "mlp", "norms"), sandwich)
+        before = name == "embeddings" or _EMBEDDINGS.search(name) is not None
+        found.append(place or (-math.inf if before else math.inf, ""))
+    return found
+
+
 def _layer_of(name: str) -> tuple[int, str] | None:
     match = _LAYER.search(name)
     return (int(match[1]), match[2]) if match else None

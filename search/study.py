@@ -136,7 +136,7 @@ def run(
 
     bounds = (materials.space.low, materials.space.high)
     sources = Sources(materials.metrics, gradient, answers)
-    engine = make_engine(materials.config.sampler, materials.space.names, bounds, sources)
+    engine = make_engine(materials.config.sampler, materials.space.names, bounds, sources, materials.idle)
     worker = _Worker(
         store, materials, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()
     )

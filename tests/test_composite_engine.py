@@ -11,16 +11,16 @@ import pytest
 from objectives.evaluator import Evaluation
 from objectives.metrics import get_metric
 from objectives.outcomes import Outcomes
-from search.config import SamplerConfig
 from search.front import hypervolume
-from search.samplers import Sources, make_engine
+from search.sampler_config import SamplerConfig
+from search.samplers import make_engine
 from search.samplers.answers_model import AnswersModel
 from search.samplers.engine import sobol_point
 from search.samplers.line_engine import LineEngine
 from search.storage import TrialRecord
 from tests.conftest import Cli
 from tests.pico_study import write_study
-from tests.test_samplers import BOUNDS, GROUPS, LINE, Slope, known, sources
+from tests.test_samplers import BOUNDS, GROUPS, LINE, known, sources
 
 FIRST = len(LINE)
 
@@ -71,7 +71,7 @@ def world(record: TrialRecord) -> Evaluation:
 
 def searched(engine: str, name: str, seed: int, trials: int = 26) -> float:
     """Hypervolume after a search whose values are those of its answers."""
-    given = Sources(sources().metrics, Slope, world)
+    given = replace(sources(), answers=world)
     startup = 4 if engine == "composite" else None
     one = make_engine(
         SamplerConfig(engine=engine, name=name, seed=seed, startup=startup), GROUPS, BOUNDS, given

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from objectives.packed import Unpackable
-from search.config import SamplerConfig, load_study_file
+from search.config import load_study_file
 from search.errors import ConfigError
 from search.opening import create
+from search.sampler_config import SamplerConfig
 from search.samplers import Engine, make_engine
 from search.samplers.gradient_engine import spread
 from search.storage import StudyStore, TrialRecord

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from search.config import SpaceConfig
 from search.errors import ConfigError, MergeError
-from search.space import CoefficientSpace, Recipe
+from search.space import CoefficientSpace, Recipe, places_of
 from tests.pico import ARCHS, pico_model
 
 
@@ -127,3 +127,17 @@ def test_a_recipe_of_another_space_is_refused() -> None:
     with pytest.raises(MergeError, match="group 'x' is not in both"):
         TINY.to_vector(Recipe("linear", {**recipe.coefficients, "x": 0.5}))
     assert Recipe("slerp", recipe.coefficients).key != recipe.key
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_tensor_has_the_place_of_its_group(arch: str) -> None:
+    names = names_of(arch, num_hidden_layers=4)
+    parts = ("attention", "mlp", "norms")
+    grouped = space(names, "layer", parts)
+    by_group = {
+        tensor: place
+        for group, place in zip(grouped.groups, places_of(grouped.names), strict=True)
+        for tensor in group.tensors
+    }
+    assert dict(zip(names, places_of(names), strict=True)) == by_group
+    assert {component for _, component in by_group.values()} == {"", *parts}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search.config import OPTUNA_SAMPLERS, PYMOO_ALGORITHMS, StudyConfig, parse_study
+from search.config import StudyConfig, parse_study
 from search.errors import ConfigError
+from search.sampler_config import OPTUNA_SAMPLERS, PYMOO_ALGORITHMS
 from search.strict_yaml import load_yaml
 from search.study import BASELINES
 

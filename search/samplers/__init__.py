@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+from functools import cache
+
 from objectives.metrics import Metric
-from search.config import SamplerConfig
+from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, Sources, WeightedGradient
+from search.samplers.subspace import Knots, MakeGradient, Moving, SubspaceEngine
 
 __all__ = ["Engine", "Proposal", "Sources", "WeightedGradient", "make_engine"]
 
 
 def make_engine(
-    config: SamplerConfig, groups: tuple[str, ...], bounds: tuple[float, float], sources: Sources
+    config: SamplerConfig,
+    groups: tuple[str, ...],
+    bounds: tuple[float, float],
+    sources: Sources,
+    idle: Collection[str] = (),
 ) -> Engine:
     """The engine of a study file's `sampler` section.
 
@@ -19,30 +28,57 @@ def make_engine(
         groups: names of the coefficients, the order of a vector.
         bounds: (low, high) of every coefficient.
         sources: what the engine may look at beside the trials.
+        idle: groups whose coefficients change nothing; they are left alone, unless all are.
 
     Raises:
         ConfigError: the sampler cannot work in this space.
     """
+
+    def plain(names: tuple[str, ...], gradient: MakeGradient | None) -> Engine:
+        return _plain(
+            config, names, bounds, sources if gradient is None else replace(sources, gradient=gradient)
+        )
+
+    def within(names: tuple[str, ...], gradient: MakeGradient | None) -> Engine:
+        if config.knots is not None:
+            return SubspaceEngine(Knots(names, config.knots), plain, gradient)
+        if (coarse := config.coarse) is not None:
+            from search.samplers.coarse import CoarseToFine
+
+            maximize = tuple(metric.maximize for metric in sources.metrics)
+            return CoarseToFine(names, bounds, maximize, coarse.start, coarse.every, plain, gradient)
+        return plain(names, gradient)
+
+    follows = cache(sources.gradient) if config.engine == "gradient" else None
+    if idle and len(idle) < len(groups):
+        return SubspaceEngine(Moving(groups, idle), within, follows)
+    return within(groups, follows)
+
+
+def _plain(
+    config: SamplerConfig, names: tuple[str, ...], bounds: tuple[float, float], sources: Sources
+) -> Engine:
+    """The engine that moves every coordinate it is given."""
     maximize = tuple(metric.maximize for metric in sources.metrics)
     match config.engine:
         case "pymoo":
             from search.samplers.pymoo_engine import PymooEngine
 
-            return PymooEngine(config, groups, bounds, maximize)
+            return PymooEngine(config, names, bounds, maximize)
         case "gradient":
             from search.samplers.gradient_engine import GradientEngine
 
-            return GradientEngine(config, groups, bounds, maximize, sources.gradient)
+            return GradientEngine(config, names, bounds, maximize, sources.gradient)
         case "composite":
             from search.samplers.composite_engine import CompositeEngine
 
             metrics = [metric for metric in sources.metrics if isinstance(metric, Metric)]
-            return CompositeEngine(config, groups, bounds, metrics, sources.answers)
+            return CompositeEngine(config, names, bounds, metrics, sources.answers)
         case "line":
             from search.samplers.line_engine import LineEngine
 
-            return LineEngine(config, groups, bounds)
+            return LineEngine(config, names, bounds)
         case "optuna":
             from search.samplers.optuna_engine import OptunaEngine
 
-            return OptunaEngine(config, groups, bounds, maximize)
+            return OptunaEngine(config, names, bounds, maximize)

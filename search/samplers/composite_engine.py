@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from objectives.evaluator import Evaluation
 from objectives.metrics import Metric
 from objectives.outcomes import Outcomes
-from search.config import SamplerConfig
 from search.front import hypervolume_batch, non_dominated, worst_corner
+from search.sampler_config import SamplerConfig
 from search.samplers.answers_model import AnswersModel
 from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
 from search.storage import TrialRecord

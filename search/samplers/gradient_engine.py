@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.config import SamplerConfig
+from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, WeightedGradient, seed_of
 from search.storage import TrialRecord
 from search.trials import PROPOSAL_TOKENS
@@ -69,7 +69,9 @@ class GradientEngine(Engine):
             adam = _Adam(self._rate, len(x))
         else:
             x = np.array([last.coefficients[group] for group in self._groups])
-            adam = _Adam(self._rate, len(x), **last.tags[_ADAM])
+            kept = last.tags[_ADAM]
+            # Moments of other coordinates, from before blocks were split (`coarse`), are of no use to these.
+            adam = _Adam(self._rate, len(x), **(kept if len(kept["first"]) == len(x) else {}))
         gradient, tokens = self._gradient(), 0
         for step in range(self._steps):
             here = gradient(x, weights, len(descents) * self._steps + step)

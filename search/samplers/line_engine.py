@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from search.config import SamplerConfig
+from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal
 from search.space import UNIFORM_LINE
 from search.storage import TrialRecord

@@ -29,8 +29,8 @@ from optuna.samplers import (
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from search.config import SamplerConfig
 from search.errors import ConfigError
+from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
 from search.storage import State, TrialRecord
 
@@ -137,8 +137,8 @@ class OptunaEngine(Engine):
             size = (config.points or GRID_POINTS) ** len(groups)
             if size > MAX_GRID:
                 raise ConfigError(
-                    f"sampler: a grid of {config.points or GRID_POINTS} points in {len(groups)} groups has more than "
-                    f"{MAX_GRID} points. Use granularity uniform, fewer points, or another sampler."
+                    f"sampler: a grid of {config.points or GRID_POINTS} points in {len(groups)} dimensions has more "
+                    f"than {MAX_GRID} points. Use granularity uniform, fewer points, or another sampler."
                 )
 
     def baseline_tags(self, index: int) -> Mapping[str, Any]:

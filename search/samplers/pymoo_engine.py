@@ -1,4 +1,4 @@
-"""pymoo's multi-objective algorithms, replayed from the study's trials.
+"""pymoo's genetic algorithms, replayed from the study's trials.
 
 pymoo works in generations and keeps its state in memory; a pickle of it would be code and bound to one version. Here
 the state is the history itself: every trial carries its generation, and a new process replays ask and tell with the
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.config import SamplerConfig
+from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, seed_of
 from search.storage import TrialRecord
 
@@ -137,8 +137,13 @@ def _algorithm(name: str, population: int, objectives: int, initial: NDArray[np.
     from pymoo.algorithms.moo.sms import SMSEMOA
     from pymoo.algorithms.moo.spea2 import SPEA2, SPEA2Survival
     from pymoo.algorithms.moo.unsga3 import UNSGA3
+    from pymoo.algorithms.soo.nonconvex.ga import GA
 
     match name:
+        case "ga":
+            # As Mergenetic has it: simulated binary crossover, polynomial mutation, no duplicates. Genes stay real
+            # numbers: its option for a discrete search rounds the first population and no child.
+            return GA(pop_size=population, sampling=initial, eliminate_duplicates=True)
         case "nsga2":
             return NSGA2(pop_size=population, sampling=initial)
         case "sms-emoa":
