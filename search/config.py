@@ -8,18 +8,49 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import find_metric
 from search.errors import ConfigError
+from search.sections import (
+    GRADIENT_METHODS,
+    OPTUNA_SAMPLERS,
+    PYMOO_ALGORITHMS,
+    DiversityConfig,
+    FidelityConfig,
+    MergeConfig,
+    ParentsConfig,
+    RacingConfig,
+    SamplerConfig,
+    Section,
+    SpaceConfig,
+    SplitConfig,
+    TaskConfig,
+)
 from search.strict_yaml import load_yaml
 
+__all__ = [
+    "GRADIENT_METHODS",
+    "OPTUNA_SAMPLERS",
+    "PYMOO_ALGORITHMS",
+    "DiversityConfig",
+    "FidelityConfig",
+    "MergeConfig",
+    "ParentsConfig",
+    "RacingConfig",
+    "SamplerConfig",
+    "SpaceConfig",
+    "SplitConfig",
+    "StudyConfig",
+    "TaskConfig",
+    "apply_overrides",
+    "differences",
+    "load_study_file",
+    "parse_study",
+]
+
 SCHEMA = 1
-OPTUNA_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc", "grid")
-PYMOO_ALGORITHMS = ("nsga2", "nsga3", "unsga3", "sms-emoa", "spea2", "ctaea")
-GRADIENT_METHODS = ("adam",)
-_SAMPLERS = {"optuna": OPTUNA_SAMPLERS, "pymoo": PYMOO_ALGORITHMS, "gradient": GRADIENT_METHODS}
 
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
@@ -28,162 +59,7 @@ _NOT_IDENTITY = re.compile(
 )
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-class ParentsConfig(_Section):
-    """The two checkpoints: a folder, or a hub id such as `org/name` or `org/name@revision`."""
-
-    pre: str = Field(min_length=1)
-    post: str = Field(min_length=1)
-
-
-class MergeConfig(_Section):
-    """How two tensors become one, and the dtype of the result."""
-
-    method: Literal["linear", "slerp"] = "linear"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-
-class SpaceConfig(_Section):
-    """Which tensors share a coefficient, and how far a coefficient may go: 0 is `pre`, 1 is `post`.
-
-    Bounds hold both parents, since the parents and the uniform line are trials of every study and seed its search.
-    """
-
-    granularity: str = "layer"
-    components: list[Literal["attention", "mlp", "norms"]] = []
-    low: float = Field(default=0.0, ge=-10.0, le=0.0)
-    high: float = Field(default=1.0, ge=1.0, le=10.0)
-
-    @field_validator("granularity")
-    @classmethod
-    def _known_granularity(cls, value: str) -> str:
-        if not re.fullmatch(r"uniform|layer|tensor|block:[1-9][0-9]{0,3}", value):
-            raise ValueError(
-                f"found '{value}', wanted uniform, layer, tensor or block:N (N layers share a group)"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _components_fit(self) -> SpaceConfig:
-        if len(set(self.components)) != len(self.components):
-            raise ValueError("components: found one twice; name each once")
-        if self.components and self.granularity in ("uniform", "tensor"):
-            raise ValueError(
-                f"components: do not go with granularity {self.granularity}; remove one of the two"
-            )
-        return self
-
-
-class TaskConfig(_Section):
-    """One source of questions: a preset, or JSON lines / a dataset with fields of your own."""
-
-    preset: str | None = None
-    path: str | None = None
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
-    split: str | None = None
-    subset: str | None = None
-    format: Literal["continuation", "letter"] = "continuation"
-    normalize: Literal["none", "tokens", "characters", "bytes"] = "none"
-    shots: int = Field(default=0, ge=0, le=64)
-    limit: int | None = Field(default=None, ge=1)
-    chat_template: bool = False
-    fields: dict[Literal["question", "choices", "answer"], str] | None = None
-
-    @model_validator(mode="after")
-    def _has_source(self) -> TaskConfig:
-        if self.preset is None and self.path is None:
-            raise ValueError("names no source; give a preset, a path, or both")
-        return self
-
-
-class SplitConfig(_Section):
-    """`search`: the share of questions that steers the search; the others are the report split.
-
-    `report` says which trials are scored on the report split when the search is over: the front with its baselines,
-    or all of them (never to choose among them: to show what choosing on the search split was worth).
-    """
-
-    search: float = Field(default=0.5, gt=0.0, lt=1.0)
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    report: Literal["front", "all"] = "front"
-
-
-class DiversityConfig(_Section):
-    """Answers that are sampled in every trial, and how they are drawn.
-
-    `prompts` is a file of JSON lines with `prompt` or `question`; search and report split share none. `equivalence` is
-    a local model that says which answers mean the same: with a `threshold` by the cosine of its embeddings, without
-    one by entailment both ways.
-    """
-
-    prompts: str = Field(min_length=1)
-    limit: int | None = Field(default=None, ge=2)
-    chat_template: bool = False
-    samples: int = Field(default=8, ge=2, le=256)
-    max_new_tokens: int = Field(default=32, ge=1, le=8192)
-    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    equivalence: str | None = None
-    threshold: float | None = Field(default=None, gt=0.0, le=1.0)
-
-    @model_validator(mode="after")
-    def _threshold_has_a_model(self) -> DiversityConfig:
-        if self.threshold is not None and self.equivalence is None:
-            raise ValueError("threshold: has no model to go with; give equivalence, or remove it")
-        return self
-
-
-class SamplerConfig(_Section):
-    """What proposes the next recipe.
-
-    `population` is for genetic algorithms, `startup` (random trials before the model takes over) for tpe and gp,
-    `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of weights
-    between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient.
-    """
-
-    engine: Literal["optuna", "pymoo", "gradient"] = "optuna"
-    name: str = "tpe"
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    population: int | None = Field(default=None, ge=4, le=10_000)
-    startup: int | None = Field(default=None, ge=0, le=10_000)
-    points: int | None = Field(default=None, ge=2, le=1001)
-    steps: int | None = Field(default=None, ge=1, le=10_000)
-    rate: float | None = Field(default=None, gt=0.0, le=10.0)
-    weights: int | None = Field(default=None, ge=1, le=1000)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_method(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("engine") == "gradient" and "name" not in value:
-            return {**value, "name": GRADIENT_METHODS[0]}
-        return value
-
-    @model_validator(mode="after")
-    def _known_sampler(self) -> SamplerConfig:
-        known = _SAMPLERS[self.engine]
-        if self.name not in known:
-            raise ValueError(
-                f"name: {self.engine} has no '{self.name}' here. Choose one of: {', '.join(known)}"
-            )
-        genetic = self.engine == "pymoo" or self.name in ("nsga2", "nsga3")
-        for key, fits in (
-            ("population", genetic),
-            ("startup", self.name in ("tpe", "gp")),
-            ("points", self.name == "grid"),
-            ("steps", self.engine == "gradient"),
-            ("rate", self.engine == "gradient"),
-            ("weights", self.engine == "gradient"),
-        ):
-            if getattr(self, key) is not None and not fits:
-                raise ValueError(f"{key}: does not go with {self.engine} {self.name}; remove it")
-        return self
-
-
-class StudyConfig(_Section):
+class StudyConfig(Section):
     """A whole study file.
 
     The search ends after `trials` trials beyond the baselines, or before the trial with which it could exceed `tokens`
@@ -194,7 +70,7 @@ class StudyConfig(_Section):
     where two studies shall be equal bit by bit.
     """
 
-    model_config = ConfigDict(**(_Section.model_config | ConfigDict(populate_by_name=True)))
+    model_config = ConfigDict(**(Section.model_config | ConfigDict(populate_by_name=True)))
 
     schema_version: Literal[1] = Field(alias="schema")
     name: str = Field(pattern=r"^[a-z0-9-]{1,64}$")
@@ -203,9 +79,11 @@ class StudyConfig(_Section):
     space: SpaceConfig = SpaceConfig()
     tasks: Annotated[list[TaskConfig], Field(min_length=1, max_length=64)]
     split: SplitConfig = SplitConfig()
-    objectives: Annotated[list[str], Field(min_length=1, max_length=8)] = ["accuracy", "ece"]
+    objectives: Annotated[list[str], Field(min_length=1, max_length=8)] = Field(default=["accuracy", "ece"])
     diversity: DiversityConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
+    racing: RacingConfig | None = None
+    fidelity: FidelityConfig | None = None
     trials: int = Field(default=64, ge=0, le=1_000_000)
     tokens: int | None = Field(default=None, ge=1, le=2**53)
     batch_tokens: int | None = Field(default=None, ge=1, le=2**24)
@@ -236,6 +114,20 @@ class StudyConfig(_Section):
                 raise ValueError(
                     f"objectives: {name} needs a model that compares answers; add diversity.equivalence"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_can_be_judged(self) -> StudyConfig:
+        if self.racing is not None and self.fidelity is not None:
+            raise ValueError(
+                "racing: does not go with fidelity, which stops candidates by estimates; remove one of the two"
+            )
+        section = "racing" if self.racing is not None else "fidelity" if self.fidelity is not None else None
+        sampled = next((name for name in self.objectives if name in DIVERSITY_NAMES), None)
+        if section is not None and sampled is not None:
+            raise ValueError(
+                f"{section}: does not go with objective {sampled}, which is not scored in parts; remove one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -386,10 +278,16 @@ def _shown(part: object) -> str:
 
 def _keys_at(path: Sequence[Any]) -> list[str]:
     model: Any = StudyConfig
+    inside = {
+        "tasks": TaskConfig,
+        "diversity": DiversityConfig,
+        "racing": RacingConfig,
+        "fidelity": FidelityConfig,
+    }
     for part in path:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation if part in model.model_fields else None
-            model = {"tasks": TaskConfig, "diversity": DiversityConfig}.get(part, annotation)
+            model = inside.get(part, annotation)
     fields = getattr(model, "model_fields", {})
     return [field.alias or name for name, field in fields.items()]
 
