@@ -39,6 +39,16 @@ def describe(materials: Materials) -> list[str]:
     ]
     if config.sampler.engine == "gradient":
         lines.append(f"gradient    {_gradient_cost(config):,} times that before each trial is proposed")
+    if (racing := config.racing) is not None:
+        lines.append(
+            f"racing      {racing.looks} looks; a trial of the front is stopped with a probability of at most "
+            f"{racing.error:g}"
+        )
+    if (fidelity := config.fidelity) is not None:
+        lines.append(
+            f"fidelity    {fidelity.questions} questions first, accuracy by {fidelity.estimator}; in full where the "
+            "front is in reach"
+        )
     lines += [f"note        {note}" for note in materials.notes]
     if idle := _equal_groups(materials):
         lines.append(

@@ -26,9 +26,9 @@ min(objectives, F) of them whose failure can matter at a look; each bound has th
 
 and the probability that a given candidate is stopped wrongly is at most `error`, over the draw of the order
 (Bonferroni). Racing after Maron and Moore 1997, "The Racing Algorithm". Their Hoeffding bounds hold for any number of
-questions, and so do the tighter ones for sampling without replacement of Bardenet and Maillard 2015, but both let almost
-everything pass at the differences between merges of one pair. The price of t and bootstrap is that their levels are
-approximate where a look has few questions.
+questions, and so do the tighter ones for sampling without replacement of Bardenet and Maillard 2015, but both let
+almost everything pass at the differences between merges of one pair. The price of t and bootstrap is that their levels
+are approximate where a look has few questions.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class Racing:
         values = np.array([record.values for record in complete]).reshape(len(complete), -1)
         if not len(complete):
             return lambda seen, places: None
-        front = np.flatnonzero(non_dominated(values, maximise=[metric.maximize for metric in self._metrics]))
+        front = np.flatnonzero(non_dominated(values, maximise=[m.maximize for m in self._metrics])).tolist()
         different = len(np.unique(values[front], axis=0))
         level = self._config.error / (self._config.looks - 1) / min(len(self._metrics), different)
         here = np.array(list(trial.coefficients.values()))
         there = np.array([[r.coefficients[name] for name in trial.coefficients] for r in complete])
-        nearest = np.argsort(((there - here) ** 2).sum(axis=1), kind="stable")[:REFERENCES]
+        nearest = np.argsort(((there - here) ** 2).sum(axis=1), kind="stable")[:REFERENCES].tolist()
         references = [self._answers(complete[i]) for i in nearest]
         rivals = [(complete[i].number, values[i]) for i in front]
         names = f"{'trial' if len(nearest) == 1 else 'trials'} {', '.join(str(complete[i].number) for i in nearest)}"

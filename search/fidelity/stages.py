@@ -21,7 +21,6 @@ from objectives.evaluator import Evaluation, Evaluator, questions_digest
 from objectives.metrics import Metric
 from objectives.outcomes import Integers, Outcomes
 from search.config import StudyConfig
-from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.trials import TrialRecord
 
@@ -170,24 +169,6 @@ class Answers:
 
     def __call__(self, record: TrialRecord) -> Outcomes:
         return self._read(str(record.attributes["evidence"]))
-
-
-def require_fitting(config: StudyConfig, task: Integers) -> None:
-    """Refuses parts that the search split's questions cannot fill; `task` is `(n,)`, the task of each.
-
-    Raises:
-        ConfigError: `racing.looks` or `fidelity.questions` does not fit.
-    """
-    n, tasks = task.size, np.unique(task).size
-    if config.racing is not None and config.racing.looks > n:
-        raise ConfigError(
-            f"racing.looks: {config.racing.looks} looks at the search split's {n} questions (wanted at most one each)."
-        )
-    if config.fidelity is not None and not tasks <= config.fidelity.questions < n:
-        raise ConfigError(
-            f"fidelity.questions: {config.fidelity.questions} of the search split's {n} questions of {tasks} "
-            f"{'task' if tasks == 1 else 'tasks'} (wanted {tasks} to {n - 1})."
-        )
 
 
 def as_learnt(history: Sequence[TrialRecord]) -> Sequence[TrialRecord]:

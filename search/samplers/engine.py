@@ -46,7 +46,8 @@ class Engine(Protocol):
         """The recipe of draw number `draw` (counted from 0 over all trials, baselines included).
 
         Args:
-            history: all trials with a smaller number, by number; running ones have no values yet.
+            history: all trials with a smaller number, by number; running ones have no values yet. One that was
+                stopped early appears as complete, its estimates as its values (`fidelity.stages.as_learnt`).
         """
         ...
 

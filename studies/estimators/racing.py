@@ -4,8 +4,8 @@
 
 Replays the stored answers of a study, trial by trial in the order in which they were proposed, under many seeds of
 the questions' order (racing) or of the subset (fidelity). Every trial is judged as it would have been, beside those
-that the rule let through before. Proposals are as recorded: what an engine would have proposed in their place is not replayed.
-Nothing is merged or scored.
+that the rule let through before. Proposals are as recorded: what an engine would have proposed in their place is not
+replayed. Nothing is merged or scored.
 
 A row is the mean over the seeds, ± standard deviation. `saved`: questions of the search trials that were not scored,
 which with questions of equal length and no examples before them are tokens. `wrong`: stopped trials that would have
@@ -143,7 +143,10 @@ def main() -> None:
         arguments.storage or f"sqlite:///{Path('runs') / arguments.name / 'study.db'}", arguments.name
     )
     seeds = range(arguments.seeds)
-    print(f"{len(study.records)} trials, {study.task.size} questions, hypervolume {study.volume:.4f} [{study.low:.4f}, {study.high:.4f}]\n")
+    interval_of = f"[{study.low:.4f}, {study.high:.4f}]"
+    print(
+        f"{len(study.records)} trials, {study.task.size} questions, hypervolume {study.volume:.4f} {interval_of}\n"
+    )
     print("| rule | saved | stopped | wrong | front | beyond |\n|---|---|---|---|---|---|", flush=True)
     for error in (0.05, 0.2):
         for looks in (3, 5, 10):
