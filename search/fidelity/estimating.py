@@ -1,7 +1,7 @@
 """Fidelity: a candidate is first scored on a fixed subset; only who is not dominated there is scored in full.
 
-Accuracy is estimated by one of `objectives.estimators`, with item parameters fitted on the bank: all complete trials
-before this one, baselines included. Another objective is the subset's value plus what the bank's trials have more (or
+Accuracy is estimated by one of `objectives.estimators`, with item parameters fitted on the bank: baselines and complete
+trials before this one. Another objective is the subset's value plus what the bank's trials have more (or
 less) on all questions than on the subset, on average. A candidate whose estimates are not dominated by the front of the
 complete trials is promoted: the remaining questions are scored and the full value counts, so what enters the front is
 always scored in full. Nothing promises that a good candidate is not stopped: an estimate has no interval.
@@ -24,7 +24,8 @@ from search.front import non_dominated
 from search.trials import TrialRecord
 
 DIMENSIONS = 2
-BANK = 256  # the newest complete trials beside the baselines: fitting takes time in proportion
+BANK = 256  # search trials at most, the newest ones: fitting takes time in proportion
+STEP = 8  # search trials that the bank grows by at once, for the same reason
 
 
 class Estimating:
@@ -47,14 +48,15 @@ class Estimating:
 
     def judge(self, trial: TrialRecord, complete: Sequence[TrialRecord]) -> Judge:
         """Promotes everybody while the bank is too small for the estimator."""
-        values = np.array([record.values for record in complete]).reshape(len(complete), -1)
+        bank = bank_of(complete)
+        items = self._items(bank)
+        values = np.array([record.values for record in complete])
         maximize = [metric.maximize for metric in self._metrics]
-        items = self._items(bank_of(complete))
 
         def judged(seen: Outcomes, places: Integers) -> Verdict | None:
             if items is None:
                 return None
-            estimate = self._estimate(seen, items, bank_of(complete))
+            estimate = self._estimate(seen, items, bank)
             sign = np.where(maximize, 1.0, -1.0)
             gap = sign * values - sign * estimate
             over = np.flatnonzero((gap >= 0.0).all(axis=1) & (gap > 0.0).any(axis=1))
@@ -112,9 +114,13 @@ class Estimating:
 
 
 def bank_of(complete: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The parents, the uniform line, and the newest `BANK` search trials by number, each recipe once."""
+    """The parents, the uniform line, and search trials by number, each recipe once.
+
+    Of the search trials whole steps of `STEP`, the newest `BANK`: between two steps the bank is the same.
+    """
     first = {record.attributes["recipe"]: record for record in reversed(complete)}
     each = sorted(first.values(), key=lambda record: record.number)
     parents = [record for kind in ("pre", "post") for record in each if record.kind == kind]
     uniform = [record for record in each if record.kind == "uniform"]
-    return [*parents, *uniform, *[record for record in each if record.kind == "search"][-BANK:]]
+    searched = [record for record in each if record.kind == "search"]
+    return [*parents, *uniform, *searched[: len(searched) // STEP * STEP][-BANK:]]

@@ -49,9 +49,9 @@ from search.front import non_dominated
 from search.trials import TrialRecord
 
 REFERENCES = 3
-RESAMPLES = 1000
+RESAMPLES = 500
 PARTS = 200
-DRAWS = 50
+DRAWS = 20
 # A mean of absolute values of noise: resampling noise that is there already raises it by sqrt(2) - 1 of itself only.
 HIDDEN = 1.0 + 2.0**0.5
 
@@ -72,9 +72,9 @@ class Racing:
 
     def judge(self, trial: TrialRecord, complete: Sequence[TrialRecord]) -> Judge:
         """References are the complete trials with the nearest coefficients, the earlier one where two are as near."""
-        values = np.array([record.values for record in complete]).reshape(len(complete), -1)
-        if not len(complete):
+        if not complete:
             return lambda seen, places: None
+        values = np.array([record.values for record in complete])
         front = np.flatnonzero(non_dominated(values, maximise=[m.maximize for m in self._metrics])).tolist()
         different = len(np.unique(values[front], axis=0))
         level = self._config.error / (self._config.looks - 1) / min(len(self._metrics), different)

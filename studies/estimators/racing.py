@@ -34,7 +34,7 @@ from search.fidelity.stages import Rule
 from search.front import hypervolume, hypervolume_batch, non_dominated, worst_corner
 from search.storage import StudyStore, TrialRecord
 
-SEEDS = 50
+SEEDS = 10
 RESAMPLES = 500
 
 
@@ -148,26 +148,20 @@ def main() -> None:
         f"{len(study.records)} trials, {study.task.size} questions, hypervolume {study.volume:.4f} {interval_of}\n"
     )
     print("| rule | saved | stopped | wrong | front | beyond |\n|---|---|---|---|---|---|", flush=True)
-    for error in (0.05, 0.2):
-        for looks in (3, 5, 10):
-            races = [
-                Racing(RacingConfig(error=error, looks=looks, seed=seed), study.metrics, study.task, study)
-                for seed in seeds
-            ]
-            print(row(study, f"racing, error {error}, {looks} looks", races), flush=True)
-    for share in (0.05, 0.2):
+    for size in (study.task.size // 20, study.task.size // 5):
         for name in ("mean", "p-irt", "gmp-irt"):
-            size = round(share * study.task.size)
+            config = FidelityConfig(estimator=name, questions=size)
             guesses = [
-                Estimating(
-                    FidelityConfig(estimator=name, questions=size, seed=seed),
-                    study.metrics,
-                    study.task,
-                    study,
-                )
+                Estimating(config.model_copy(update={"seed": seed}), study.metrics, study.task, study)
                 for seed in seeds
             ]
             print(row(study, f"fidelity, {name}, {size} questions", guesses), flush=True)
+    for error, looks in ((0.05, 5), (0.2, 5), (0.2, 10)):
+        races = [
+            Racing(RacingConfig(error=error, looks=looks, seed=seed), study.metrics, study.task, study)
+            for seed in seeds
+        ]
+        print(row(study, f"racing, error {error}, {looks} looks", races), flush=True)
 
 
 if __name__ == "__main__":
