@@ -74,8 +74,8 @@ class World:
 @pytest.mark.parametrize(
     ("names", "n", "worlds"),
     [
-        (["accuracy"], 200, 150),
-        (["accuracy", "brier"], 200, 150),
+        (["accuracy"], 200, 80),
+        (["accuracy", "brier"], 200, 80),
         (["accuracy", "ece"], 200, 40),
         (["nll", "auroc"], 200, 30),
     ],
@@ -161,6 +161,22 @@ def test_answers_that_agree_so_far_prove_nothing() -> None:
 def test_a_task_seen_once_proves_nothing() -> None:
     world = World(0, 60, ["accuracy"], tasks=2)
     places = np.concatenate([np.flatnonzero(world.task == 0)[:9], np.flatnonzero(world.task == 1)[:1]])
+    comparison = Comparison(world.answers[0].select(places), [world.answers[1]], places, world.task)
+    assert comparison.reach(world.metrics[0], 0.1)[1] == np.inf
+
+
+@pytest.mark.parametrize("name", ["ece", "ece@t1", "auroc", "auroc@t1"])
+@pytest.mark.parametrize("m", [1, 9])
+def test_a_bootstrap_of_few_questions_proves_nothing(name: str, m: int) -> None:
+    world = World(0, 60, [name], tasks=2)
+    places = np.flatnonzero(world.task == 0)[:m]
+    comparison = Comparison(world.answers[0].select(places), [world.answers[1]], places, world.task)
+    assert np.isinf(comparison.reach(world.metrics[0], 0.1)[1])
+
+
+def test_an_auroc_without_a_wrong_answer_proves_nothing() -> None:
+    world = World(0, 200, ["auroc"])
+    places = np.flatnonzero(world.answers[0].correct & world.answers[1].correct)[:30]
     comparison = Comparison(world.answers[0].select(places), [world.answers[1]], places, world.task)
     assert comparison.reach(world.metrics[0], 0.1)[1] == np.inf
 

@@ -50,6 +50,7 @@ from search.trials import TrialRecord
 
 REFERENCES = 3
 RESAMPLES = 500
+LEAST = 10  # questions, for a bootstrap
 PARTS = 200
 DRAWS = 20
 # A mean of absolute values of noise: resampling noise that is there already raises it by sqrt(2) - 1 of itself only.
@@ -187,12 +188,17 @@ class Comparison:
         from scipy.stats import norm
 
         m, n = self.places.size, self.task.size
+        counting = self.seen.task if metric.task is None else self.seen.task[self.seen.task == metric.task]
+        if counting.size < LEAST:
+            return -np.inf, 0.0, np.inf
         weights = _resamples(self.seen.task.tobytes())
         own, others = metric(self.seen, weights), [metric(one, weights) for one in self._alongside]
         alone = metric.value(self.seen)
         value = alone - float(np.mean([metric.value(one) for one in self._alongside]))
         drawn = own - np.mean(others, axis=0)
         spread = np.sqrt(1.0 - m / n) * (drawn - drawn.mean())
+        if not spread.any() and m < n:  # too few wrong answers, say, for an AUROC: nothing is known
+            return -np.inf, 0.0, np.inf
         low, high = interval(value + spread, 1.0 - 2.0 * level, value=value)
         margin = float(norm.isf(level) * spread.std(ddof=1))
         # What the references' values on m questions are off by on average is known, the candidate's own is not.

@@ -20,12 +20,10 @@ import numpy as np
 from objectives.evaluator import Evaluation, Evaluator, questions_digest
 from objectives.metrics import Metric
 from objectives.outcomes import Integers, Outcomes
-from search.config import StudyConfig
 from search.evidence import EvidenceFolder
 from search.trials import TrialRecord
 
 if TYPE_CHECKING:
-    from objectives.tasks import Question
     from search.materials import Materials
 
 OUTCOMES_KEPT = 64  # of earlier trials, in memory
@@ -95,8 +93,7 @@ class Stages:
     @classmethod
     def of(cls, materials: Materials, evidence: EvidenceFolder) -> Stages | None:
         """Those of a study; None if its candidates are scored in one go."""
-        questions = materials.questions.search
-        rule = make_rule(materials.config, materials.questions.task_names, questions, evidence)
+        rule = make_rule(materials, evidence)
         return None if rule is None else cls(materials.evaluator("search"), rule)
 
     def score(
@@ -138,26 +135,18 @@ def _shifted(progress: Callable[[int, int], None], before: int, total: int, done
     progress(before + done, total)
 
 
-def make_rule(
-    config: StudyConfig, tasks: Sequence[str], questions: Sequence[Question], evidence: EvidenceFolder
-) -> Rule | None:
-    """The rule of a study file; None if it has neither `racing` nor `fidelity`.
-
-    Raises:
-        ConfigError: more parts, or more questions in the first one, than the search split allows.
-    """
-    from objectives.metrics import find_metric
+def make_rule(materials: Materials, evidence: EvidenceFolder) -> Rule | None:
+    """The rule of a study; None if its study file has neither `racing` nor `fidelity`."""
     from search.fidelity.estimating import Estimating
     from search.fidelity.racing import Racing
 
-    found = [find_metric(name, tasks=tasks) for name in config.objectives]
-    metrics = [metric for metric in found if isinstance(metric, Metric)]
-    task = np.array([question.task for question in questions], dtype=np.int64)
-    answers = Answers(evidence)
+    config = materials.config
+    metrics = [metric for metric in materials.metrics if isinstance(metric, Metric)]
+    task = np.array([question.task for question in materials.questions.search], dtype=np.int64)
     if config.racing is not None:
-        return Racing(config.racing, metrics, task, answers)
+        return Racing(config.racing, metrics, task, Answers(evidence))
     if config.fidelity is not None:
-        return Estimating(config.fidelity, metrics, task, answers)
+        return Estimating(config.fidelity, metrics, task, Answers(evidence))
     return None
 
 

@@ -137,7 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="of a finished study")
     parser.add_argument("--storage", help="default: sqlite:///runs/NAME/study.db")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"default: {SEEDS}")
+    parser.add_argument("--rule", choices=("racing", "fidelity"), help="default: both")
     arguments = parser.parse_args()
     study = Answered(
         arguments.storage or f"sqlite:///{Path('runs') / arguments.name / 'study.db'}", arguments.name
@@ -148,7 +149,7 @@ def main() -> None:
         f"{len(study.records)} trials, {study.task.size} questions, hypervolume {study.volume:.4f} {interval_of}\n"
     )
     print("| rule | saved | stopped | wrong | front | beyond |\n|---|---|---|---|---|---|", flush=True)
-    for size in (study.task.size // 20, study.task.size // 5):
+    for size in (study.task.size // 20, study.task.size // 5) if arguments.rule != "racing" else ():
         for name in ("mean", "p-irt", "gmp-irt"):
             config = FidelityConfig(estimator=name, questions=size)
             guesses = [
@@ -156,7 +157,7 @@ def main() -> None:
                 for seed in seeds
             ]
             print(row(study, f"fidelity, {name}, {size} questions", guesses), flush=True)
-    for error, looks in ((0.05, 5), (0.2, 5), (0.2, 10)):
+    for error, looks in ((0.05, 5), (0.2, 5), (0.2, 10)) if arguments.rule != "fidelity" else ():
         races = [
             Racing(RacingConfig(error=error, looks=looks, seed=seed), study.metrics, study.task, study)
             for seed in seeds
