@@ -176,6 +176,17 @@ def test_stopped_trials_are_on_no_board(finished: tuple[Path, StudyStore], cli: 
     assert f"trial {min(stopped)}" in err
 
 
+def test_a_run_says_that_it_stops_a_trial(tmp_path: Path, cli: Cli) -> None:
+    study = write_staged(tmp_path / "study", **FIDELITY, trials=6)
+    code, out, _ = cli("check", study)
+    assert code == 0
+    assert "fidelity    8 questions first, accuracy by gmp-irt" in out
+    code, _, err = cli("launch", study)
+    assert code == 0
+    assert "stopped early: estimated by gmp-irt from 8 of 28 questions" in " ".join(err.split())
+    assert "17/17" in err
+
+
 def test_the_status_counts_them_and_what_they_saved(finished: tuple[Path, StudyStore]) -> None:
     _, store = finished
     trials = store.trials()
