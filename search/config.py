@@ -62,8 +62,9 @@ _NOT_IDENTITY = re.compile(
 class StudyConfig(Section):
     """A whole study file.
 
-    The search ends after `trials` trials beyond the baselines, or before the trial with which it could exceed `tokens`
-    scored tokens (baselines, proposals and partial evaluations counted; the report split is not), whichever is first.
+    The search ends after `trials` trials beyond the baselines (those stopped early count), or before the trial with
+    which it could exceed `tokens` scored tokens (baselines, proposals and partial evaluations counted; the report split
+    is not), whichever is first.
 
     `batch_tokens` is how many tokens are scored at once, padding counted; without it the study measures what is
     fastest on each kind of device and keeps to it. Another number changes the last bits of the scores, so give one

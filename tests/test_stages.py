@@ -29,6 +29,7 @@ from search.study import BASELINES, run, set_budget, set_tokens
 from tests.conftest import Cli
 from tests.pico_study import write_study
 from tests.study_process import ended, start, whole
+from tests.test_dashboard import get
 
 FIRST = len(BASELINES)
 RACING = {"racing": {"error": 0.3, "looks": 4}}
@@ -174,6 +175,13 @@ def test_stopped_trials_are_on_no_board(finished: tuple[Path, StudyStore], cli: 
     )
     assert code == 2
     assert f"trial {min(stopped)}" in err
+
+
+def test_the_dashboard_shows_them_as_pruned(finished: tuple[Path, StudyStore]) -> None:
+    _, store = finished
+    shown = get(store.url, "/api/studies/1")["trials"]
+    expected = {"complete": "Complete", "stopped": "Pruned"}
+    assert [t["state"] for t in shown] == [expected[t.state] for t in store.trials()]
 
 
 def test_a_run_says_that_it_stops_a_trial(tmp_path: Path, cli: Cli) -> None:
