@@ -1,6 +1,7 @@
 """What racing and fidelity would have saved in a finished study, and what they would have cost its front.
 
     python studies/estimators/racing.py quickstart
+    python studies/estimators/racing.py quickstart --objectives accuracy brier     # as if it had been about these
 
 Replays the stored answers of a study, trial by trial in the order in which they were proposed, under many seeds of
 the questions' order (racing) or of the subset (fidelity). Every trial is judged as it would have been, beside those
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,9 @@ RESAMPLES = 500
 
 
 class Answered:
-    """All complete trials of a study with their answers, each recipe once."""
+    """All complete trials of a study with their answers, each recipe once; on given objectives, or its own."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, objectives: Sequence[str] = ()) -> None:
         store, folder = StudyStore.open(url, name), EvidenceFolder(url, name)
         self.records = [
             record
@@ -52,7 +53,12 @@ class Answered:
             record.number: folder.load(str(record.attributes["evidence"])).outcomes for record in self.records
         }
         tasks = store.attribute("facts")["tasks"]
-        self.metrics: list[Metric] = [get_metric(one, tasks) for one, _ in store.attribute("objectives")]
+        names = objectives or [one for one, _ in store.attribute("objectives")]
+        self.metrics: list[Metric] = [get_metric(one, tasks) for one in names]
+        self.records = [
+            replace(record, values=tuple(one.value(self.outcomes[record.number]) for one in self.metrics))
+            for record in self.records
+        ]
         self.maximise = tuple(metric.maximize for metric in self.metrics)
         self.task = self.outcomes[0].task
         parents = np.array([r.values for r in self.records if r.kind in ("pre", "post")])
@@ -138,11 +144,11 @@ def main() -> None:
     parser.add_argument("name", help="of a finished study")
     parser.add_argument("--storage", help="default: sqlite:///runs/NAME/study.db")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"default: {SEEDS}")
+    parser.add_argument("--objectives", nargs="+", default=(), help="default: the study's own")
     parser.add_argument("--rule", choices=("racing", "fidelity"), help="default: both")
     arguments = parser.parse_args()
-    study = Answered(
-        arguments.storage or f"sqlite:///{Path('runs') / arguments.name / 'study.db'}", arguments.name
-    )
+    url = arguments.storage or f"sqlite:///{Path('runs') / arguments.name / 'study.db'}"
+    study = Answered(url, arguments.name, arguments.objectives)
     seeds = range(arguments.seeds)
     interval_of = f"[{study.low:.4f}, {study.high:.4f}]"
     print(
