@@ -19,4 +19,9 @@ def accuracy(outcomes: Outcomes, weights: Floats | None = None) -> Floats:
     Raises:
         EvaluationError: there are no questions.
     """
-    return weighted_mean(outcomes.correct.astype(np.float64), weights, "accuracy")
+    return weighted_mean(accuracy_terms(outcomes), weights, "accuracy")
+
+
+def accuracy_terms(outcomes: Outcomes) -> Floats:
+    """`(n,)` 1.0 where the answer is right, else 0.0."""
+    return outcomes.correct.astype(np.float64)

@@ -128,16 +128,24 @@ def brier(outcomes: Outcomes, weights: Floats | None = None) -> Floats:
     Mean squared distance to the one-hot of the right option, summed over options (not divided by their
     number), as in lm-eval.
     """
-    rows = np.arange(len(outcomes))
-    p_gold = outcomes.probability[rows, outcomes.gold]
+    return weighted_mean(brier_terms(outcomes), weights, "brier")
+
+
+def brier_terms(outcomes: Outcomes) -> Floats:
+    """`(n,)` Brier scores of the single questions."""
+    p_gold = outcomes.probability[np.arange(len(outcomes)), outcomes.gold]
     # |p - e|^2 = |p|^2 - p_gold^2 + (1 - p_gold)^2, without the (n, k) one-hot.
-    squared = (outcomes.probability**2).sum(axis=1) - p_gold**2 + (1.0 - p_gold) ** 2
-    return weighted_mean(squared, weights, "brier")
+    return np.asarray((outcomes.probability**2).sum(axis=1) - p_gold**2 + (1.0 - p_gold) ** 2)
 
 
 def brier_top(outcomes: Outcomes, weights: Floats | None = None) -> Floats:
     """Brier score of the predicted option only: mean (confidence - correct)^2, in [0, 1]; lower is better."""
-    return weighted_mean((outcomes.confidence - outcomes.correct) ** 2, weights, "brier:top")
+    return weighted_mean(brier_top_terms(outcomes), weights, "brier:top")
+
+
+def brier_top_terms(outcomes: Outcomes) -> Floats:
+    """`(n,)` Brier scores of the single predictions."""
+    return np.asarray((outcomes.confidence - outcomes.correct) ** 2)
 
 
 def nll(outcomes: Outcomes, weights: Floats | None = None) -> Floats:
@@ -145,8 +153,13 @@ def nll(outcomes: Outcomes, weights: Floats | None = None) -> Floats:
 
     Probabilities below 1e-12 count as 1e-12, so that one question costs at most 27.63.
     """
+    return weighted_mean(nll_terms(outcomes), weights, "nll")
+
+
+def nll_terms(outcomes: Outcomes) -> Floats:
+    """`(n,)` negative log-probabilities of the single questions' right options, in nats."""
     p_gold = outcomes.probability[np.arange(len(outcomes)), outcomes.gold]
-    return weighted_mean(0.0 - np.log(np.clip(p_gold, NLL_FLOOR, 1.0)), weights, "nll")
+    return np.asarray(0.0 - np.log(np.clip(p_gold, NLL_FLOOR, 1.0)))
 
 
 def auroc(outcomes: Outcomes, weights: Floats | None = None) -> Floats:

@@ -64,6 +64,54 @@ class Evaluation:
         same = _outcomes(score, divisor, outcomes.options, outcomes.gold, outcomes.task)
         return cls(same, score, divisor, mass, scored_tokens, digest)
 
+    @classmethod
+    def join(
+        cls, parts: Sequence[Evaluation], places: Sequence[npt.NDArray[np.int64]], digest: str
+    ) -> Evaluation:
+        """The evaluation of all questions that some parts of a list of n are about, in the list's order.
+
+        Tokens and seconds are the parts' sums: what several parts compute again (a few-shot prefix) counts each time.
+
+        Args:
+            parts: evaluations of disjoint parts (`Evaluator.part`).
+            places: for each part the `(m,)` places of its questions in the list.
+            digest: of the joined questions, `Evaluator.digest` of the list where the parts are all of it.
+
+        Raises:
+            EvaluationError: no parts, or places that do not belong to them or overlap.
+        """
+        every = np.concatenate([np.asarray(place, dtype=np.int64) for place in (*places, [])])
+        sizes = [len(part.outcomes) for part in parts]
+        if not parts or sizes != [len(place) for place in places] or np.unique(every).size != every.size:
+            raise EvaluationError(
+                f"join: parts of {sizes} questions at {every.size} places, {np.unique(every).size} of them distinct "
+                "(wanted one place for each question, at least one part)."
+            )
+        order = np.argsort(every)
+        widest = max(part.loglikelihood.shape[1] for part in parts)
+
+        def stacked(arrays: Sequence[npt.NDArray[Any]], padding: float = 0.0) -> npt.NDArray[Any]:
+            if arrays[0].ndim == 2:
+                arrays = [
+                    np.pad(a, ((0, 0), (0, widest - a.shape[1])), constant_values=padding) for a in arrays
+                ]
+            return np.concatenate(arrays)[order]
+
+        score = stacked([part.loglikelihood for part in parts], -np.inf)
+        divisor = stacked([part.divisor for part in parts], 1.0)
+        options, gold, task = (
+            stacked([getattr(part.outcomes, name) for part in parts]) for name in ("options", "gold", "task")
+        )
+        return cls(
+            outcomes=_outcomes(score, divisor, options, gold, task),
+            loglikelihood=score,
+            divisor=divisor,
+            mass=stacked([part.mass for part in parts]),
+            scored_tokens=sum(part.scored_tokens for part in parts),
+            digest=digest,
+            seconds=sum(part.seconds for part in parts),
+        )
+
     def save(self, path: str | os.PathLike[str]) -> str:
         """Writes a safetensors file: staged beside, synced, renamed. Equal evaluations give equal bytes.
 
@@ -141,12 +189,21 @@ class Evaluator:
         self.questions = tuple(questions)
         self.digest = questions_digest(self.questions, tasks)
         self.tokens = self.scorer.prepare(self.questions)
-        self._tasks = tuple(tasks)
+        self.tasks = tuple(tasks)
 
     @property
     def notes(self) -> list[str]:
         """How the model is scored where that is not the default; complete after the first evaluation."""
         return self.scorer.notes
+
+    def part(self, places: npt.NDArray[np.int64]) -> Evaluator:
+        """An evaluator of the questions at these places, in that order, with the same scorer.
+
+        Other questions share its batches, so its last bits may differ from those of the whole. `tokens` of parts may
+        sum to more than the whole's: each part computes its few-shot prefixes again.
+        """
+        chosen = [self.questions[place] for place in places]
+        return Evaluator(self.scorer, None, chosen, self.tasks)
 
     def evaluate(self, progress: Progress | None = None) -> Evaluation:
         """Scores every question.
@@ -163,7 +220,7 @@ class Evaluator:
 
         # Rounded first, so that outcomes computed now and outcomes computed from the file are the same numbers.
         score = scores.total.astype(np.float32)
-        divisor = divisors(self.questions, scores.tokens, self._tasks)
+        divisor = divisors(self.questions, scores.tokens, self.tasks)
         options = np.array([len(question.options) for question in self.questions], dtype=np.int64)
         gold = np.array([question.gold for question in self.questions], dtype=np.int64)
         task = np.array([question.task for question in self.questions], dtype=np.int64)
@@ -206,12 +263,3 @@ def _outcomes(
     return Outcomes.from_loglikelihoods(
         score.astype(np.float64) / divisor.astype(np.float64), options, gold, task
     )
-
-
-def _array(
-    where: Path, arrays: dict[str, npt.NDArray[Any]], name: str, dtype: type[np.generic]
-) -> npt.NDArray[Any]:
-    if name not in arrays or arrays[name].dtype != dtype:
-        found = arrays[name].dtype if name in arrays else "nothing"
-        raise EvaluationError(f"{where}: array '{name}' is {found}, wanted {np.dtype(dtype)}.")
-    return arrays[name]

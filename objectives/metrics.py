@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from objectives import calibration
-from objectives.accuracy import accuracy
+from objectives.accuracy import accuracy, accuracy_terms
 from objectives.bootstrap import checked_weights, interval, require_questions
 from objectives.diversity import DIVERSITY_NAMES, DiversityMetric, get_diversity_metric
 from objectives.outcomes import Floats, Outcomes
@@ -37,6 +37,7 @@ class Metric:
         worst: the worst possible value, where its intervals are cut.
         function: `(outcomes, weights)` to `(b,)`.
         task: index of the only task that counts, or None for all questions.
+        terms: outcomes to the `(n,)` values of the single questions whose mean the metric is; None where it is no mean.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Metric:
     worst: float
     function: _Function
     task: int | None = None
+    terms: Callable[[Outcomes], Floats] | None = None
 
     def __call__(self, outcomes: Outcomes, weights: Floats | None = None) -> Floats:
         """The metric's `(b,)` float64 values, one per row of `(b, n)` weights; b is 1 without weights.
@@ -91,6 +93,12 @@ _SIMPLE: dict[str, tuple[bool, float, _Function]] = {  # name -> maximize, worst
     "auroc": (True, 0.0, calibration.auroc),
 }
 METRIC_NAMES = tuple(_SIMPLE)
+_TERMS: dict[str, Callable[[Outcomes], Floats]] = {
+    "accuracy": accuracy_terms,
+    "brier": calibration.brier_terms,
+    "brier:top": calibration.brier_top_terms,
+    "nll": calibration.nll_terms,
+}
 _BINNED = re.compile(r"ece:([1-9][0-9]{0,3})(?::(mass|debiased))?", re.ASCII)
 _BINNED_FUNCTIONS = {"": calibration.ece, "mass": calibration.ece_mass, "debiased": calibration.ece_debiased}
 
@@ -112,7 +120,7 @@ def get_metric(name: str, tasks: Sequence[str] = ()) -> Metric:
         index = list(tasks).index(task)
     if base in _SIMPLE:
         maximize, worst, function = _SIMPLE[base]
-        return Metric(name, maximize, worst, function, index)
+        return Metric(name, maximize, worst, function, index, _TERMS.get(base))
     binned = _BINNED.fullmatch(base)
     if binned is None:
         known = (*METRIC_NAMES, "ece:10", "ece:10:mass", *DIVERSITY_NAMES)

@@ -97,6 +97,7 @@ class Board:
     Attributes:
         reference: the corner of the parents' worst values on the search split.
         alternatives: rows that are no trials; never on the front, whose weights they share.
+        stopped: trials that were scored in part and stopped; they have no row.
     """
 
     study: str
@@ -106,6 +107,7 @@ class Board:
     rows: tuple[Row, ...]
     questions: Mapping[str, int]
     alternatives: tuple[Row, ...] = ()
+    stopped: int = 0
 
     @property
     def front(self) -> tuple[Row, ...]:
@@ -149,6 +151,7 @@ class Board:
             "reference": dict(self.reference),
             "hypervolume": {split: volume.to_json() for split, volume in self.hypervolume.items()},
             "questions": dict(self.questions),
+            "stopped": self.stopped,
             "trials": [row.to_json() for row in (*self.rows, *self.alternatives)],
         }
 
@@ -188,7 +191,8 @@ def read_board(store: StudyStore) -> Board:
     objectives = tuple((str(name), bool(maximize)) for name, maximize in attributes["objectives"])
     wanted = [find_metric(name, tasks=tasks) for name, _ in objectives]
     metrics = [metric for metric in wanted if isinstance(metric, Metric)]
-    done = [record for record in store.trials() if record.state == "complete"]
+    records = store.trials()
+    done = [record for record in records if record.state == "complete"]
     parents = {record.kind: record for record in done if record.kind in ("pre", "post")}
     if len(parents) < 2:
         raise ConfigError(
@@ -234,6 +238,7 @@ def read_board(store: StudyStore) -> Board:
         rows=tuple(_with_differences(row, samples["report"], rivals) for row in rows),
         questions=attributes["facts"]["questions"],
         alternatives=tuple(alternatives),
+        stopped=sum(record.state == "stopped" for record in records),
     )
 
 

@@ -29,6 +29,7 @@ from search.alternatives import (
     diversity_key,
     layers_key,
 )
+from search.batches import size_batches
 from search.board import Row, read_board
 from search.calibrated_model import write_into_checkpoint, write_into_export
 from search.calibration_table import CalibrationTable, calibration_table
@@ -46,7 +47,6 @@ from search.opening import check_identity, reopen
 from search.picks import pick
 from search.space import Recipe
 from search.storage import StudyStore
-from search.study import size_batches
 from search.verify import ExportedStudy
 
 logger = logging.getLogger("mergefront")

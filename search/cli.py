@@ -104,9 +104,9 @@ def launch(
     grace: Grace = 150.0,
 ) -> None:
     """Creates the study, or continues it when it exists with the same config."""
+    from search.budget import set_budget
     from search.config import load_study_file
     from search.opening import create
-    from search.study import set_budget
 
     config = load_study_file(study, overrides)
     if show_config:
@@ -139,8 +139,8 @@ def resume(
     as_worker: AsWorker = False,
 ) -> None:
     """Continues a study from its storage alone. A finished one is left as it is."""
+    from search.budget import set_budget, set_tokens
     from search.opening import reopen
-    from search.study import set_budget, set_tokens
 
     with interruptible():
         store, materials = reopen(

@@ -13,8 +13,36 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import find_metric
 from search.errors import ConfigError
-from search.sampler_config import SINGLE_OBJECTIVE, CoarseConfig, SamplerConfig, Section
+from search.sampler_config import SINGLE_OBJECTIVE, SamplerConfig
+from search.sections import (
+    DiversityConfig,
+    FidelityConfig,
+    MergeConfig,
+    ParentsConfig,
+    RacingConfig,
+    Section,
+    SpaceConfig,
+    SplitConfig,
+    TaskConfig,
+)
 from search.strict_yaml import load_yaml
+
+__all__ = [
+    "DiversityConfig",
+    "FidelityConfig",
+    "MergeConfig",
+    "ParentsConfig",
+    "RacingConfig",
+    "SamplerConfig",
+    "SpaceConfig",
+    "SplitConfig",
+    "StudyConfig",
+    "TaskConfig",
+    "apply_overrides",
+    "differences",
+    "load_study_file",
+    "parse_study",
+]
 
 SCHEMA = 1
 
@@ -25,116 +53,12 @@ _NOT_IDENTITY = re.compile(
 )
 
 
-class ParentsConfig(Section):
-    """The two checkpoints: a folder, or a hub id such as `org/name` or `org/name@revision`."""
-
-    pre: str = Field(min_length=1)
-    post: str = Field(min_length=1)
-
-
-class MergeConfig(Section):
-    """How two tensors become one, and the dtype of the result."""
-
-    method: Literal["linear", "slerp"] = "linear"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-
-class SpaceConfig(Section):
-    """Which tensors share a coefficient, and how far a coefficient may go: 0 is `pre`, 1 is `post`.
-
-    Bounds hold both parents, since the parents and the uniform line are trials of every study and seed its search.
-    """
-
-    granularity: str = "layer"
-    components: list[Literal["attention", "mlp", "norms"]] = Field(default=[])
-    low: float = Field(default=0.0, ge=-10.0, le=0.0)
-    high: float = Field(default=1.0, ge=1.0, le=10.0)
-
-    @field_validator("granularity")
-    @classmethod
-    def _known_granularity(cls, value: str) -> str:
-        if not re.fullmatch(r"uniform|layer|tensor|block:[1-9][0-9]{0,3}", value):
-            raise ValueError(
-                f"found '{value}', wanted uniform, layer, tensor or block:N (N layers share a group)"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _components_fit(self) -> SpaceConfig:
-        if len(set(self.components)) != len(self.components):
-            raise ValueError("components: found one twice; name each once")
-        if self.components and self.granularity in ("uniform", "tensor"):
-            raise ValueError(
-                f"components: do not go with granularity {self.granularity}; remove one of the two"
-            )
-        return self
-
-
-class TaskConfig(Section):
-    """One source of questions: a preset, or JSON lines / a dataset with fields of your own."""
-
-    preset: str | None = None
-    path: str | None = None
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
-    split: str | None = None
-    subset: str | None = None
-    format: Literal["continuation", "letter"] = "continuation"
-    normalize: Literal["none", "tokens", "characters", "bytes"] = "none"
-    shots: int = Field(default=0, ge=0, le=64)
-    limit: int | None = Field(default=None, ge=1)
-    chat_template: bool = False
-    fields: dict[Literal["question", "choices", "answer"], str] | None = None
-
-    @model_validator(mode="after")
-    def _has_source(self) -> TaskConfig:
-        if self.preset is None and self.path is None:
-            raise ValueError("names no source; give a preset, a path, or both")
-        return self
-
-
-class SplitConfig(Section):
-    """`search`: the share of questions that steers the search; the others are the report split.
-
-    `report` says which trials are scored on the report split when the search is over: the front with its baselines,
-    or all of them (never to choose among them: to show what choosing on the search split was worth).
-    """
-
-    search: float = Field(default=0.5, gt=0.0, lt=1.0)
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    report: Literal["front", "all"] = "front"
-
-
-class DiversityConfig(Section):
-    """Answers that are sampled in every trial, and how they are drawn.
-
-    `prompts` is a file of JSON lines with `prompt` or `question`; search and report split share none. `equivalence` is
-    a local model that says which answers mean the same: with a `threshold` by the cosine of its embeddings, without
-    one by entailment both ways.
-    """
-
-    prompts: str = Field(min_length=1)
-    limit: int | None = Field(default=None, ge=2)
-    chat_template: bool = False
-    samples: int = Field(default=8, ge=2, le=256)
-    max_new_tokens: int = Field(default=32, ge=1, le=8192)
-    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    equivalence: str | None = None
-    threshold: float | None = Field(default=None, gt=0.0, le=1.0)
-
-    @model_validator(mode="after")
-    def _threshold_has_a_model(self) -> DiversityConfig:
-        if self.threshold is not None and self.equivalence is None:
-            raise ValueError("threshold: has no model to go with; give equivalence, or remove it")
-        return self
-
-
 class StudyConfig(Section):
     """A whole study file.
 
-    The search ends after `trials` trials beyond the baselines, or before the trial with which it could exceed `tokens`
-    scored tokens (baselines, proposals and partial evaluations counted; the report split is not), whichever is first.
+    The search ends after `trials` trials beyond the baselines (those stopped early count), or before the trial with
+    which it could exceed `tokens` scored tokens (baselines, proposals and partial evaluations counted; the report split
+    is not), whichever is first.
 
     `batch_tokens` is how many tokens are scored at once, padding counted; without it the study measures what is
     fastest on each kind of device and keeps to it. Another number changes the last bits of the scores, so give one
@@ -150,9 +74,11 @@ class StudyConfig(Section):
     space: SpaceConfig = SpaceConfig()
     tasks: Annotated[list[TaskConfig], Field(min_length=1, max_length=64)]
     split: SplitConfig = SplitConfig()
-    objectives: list[str] = Field(default=["accuracy", "ece"], min_length=1, max_length=8)
+    objectives: Annotated[list[str], Field(min_length=1, max_length=8)] = Field(default=["accuracy", "ece"])
     diversity: DiversityConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
+    racing: RacingConfig | None = None
+    fidelity: FidelityConfig | None = None
     trials: int = Field(default=64, ge=0, le=1_000_000)
     tokens: int | None = Field(default=None, ge=1, le=2**53)
     batch_tokens: int | None = Field(default=None, ge=1, le=2**24)
@@ -196,11 +122,25 @@ class StudyConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts_can_be_judged(self) -> StudyConfig:
+        if self.racing is not None and self.fidelity is not None:
+            raise ValueError(
+                "racing: does not go with fidelity, which stops candidates by estimates; remove one of the two"
+            )
+        section = "racing" if self.racing is not None else "fidelity" if self.fidelity is not None else None
+        sampled = next((name for name in self.objectives if name in DIVERSITY_NAMES), None)
+        if section is not None and sampled is not None:
+            raise ValueError(
+                f"{section}: does not go with objective {sampled}, which is not scored in parts; remove one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gradient_exists(self) -> StudyConfig:
-        if self.sampler.engine != "gradient":
+        if not self.sampler.follows_gradients:
             return self
         if self.merge.method != "linear":
-            raise ValueError("sampler: engine gradient needs merge.method linear")
+            raise ValueError("sampler: gradients need merge.method linear")
         from objectives.losses import stand_in
 
         for name in self.objectives:
@@ -358,12 +298,16 @@ def _shown(part: object) -> str:
 
 def _keys_at(path: Sequence[Any]) -> list[str]:
     model: Any = StudyConfig
+    inside = {
+        "tasks": TaskConfig,
+        "diversity": DiversityConfig,
+        "racing": RacingConfig,
+        "fidelity": FidelityConfig,
+    }
     for part in path:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation if part in model.model_fields else None
-            model = {"tasks": TaskConfig, "diversity": DiversityConfig, "coarse": CoarseConfig}.get(
-                part, annotation
-            )
+            model = inside.get(part, annotation)
     fields = getattr(model, "model_fields", {})
     return [field.alias or name for name, field in fields.items()]
 

@@ -24,6 +24,7 @@ from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
 from search.config import StudyConfig
 from search.errors import ConfigError
+from search.fidelity.fitting import require_fitting
 from search.merging.checkpoint import Checkpoint
 from search.merging.live import LiveModel
 from search.merging.parents import Parents
@@ -57,11 +58,13 @@ class Materials:
 
         Raises:
             CheckpointError, IncompatibleModelsError: the parents cannot be read or merged.
-            ConfigError: the questions cannot be read, or an objective names an unknown task.
+            ConfigError: the questions cannot be read, an objective names an unknown task, or `racing` or `fidelity`
+                wants more of the search split than there is.
         """
         parents = Parents.open(config.parents.pre, config.parents.post)
         tokenizer = parents.tokenizer()
         questions = load_questions(config.tasks, config.split, tokenizer)
+        require_fitting(config, [question.task for question in questions.search])
         prompts = None
         if (sampled := config.diversity) is not None:
             prompts = load_prompts(sampled.prompts, sampled.limit, config.split.search, config.split.seed)
@@ -173,7 +176,7 @@ class Materials:
     @property
     def proposal_evaluations(self) -> float:
         """What a proposal of the study's engine costs at most, in evaluations of the search split."""
-        if self.config.sampler.engine != "gradient":
+        if not self.config.sampler.follows_gradients:
             return 0.0
         from objectives.backward import passes
         from objectives.losses import scalarized

@@ -14,7 +14,7 @@ class Observer:
     """Every method is called by `study.run` in the worker's own thread; what it raises ends the run."""
 
     def started(self, trials: Sequence[TrialRecord], total: int) -> None:
-        """The study as it stands, and how many complete trials it shall have."""
+        """The study as it stands, and how many trials, complete or stopped, it shall have."""
 
     def step(self, step: Step, trial: TrialRecord) -> None:
         """A trial reached a step."""
@@ -27,6 +27,9 @@ class Observer:
 
     def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
         """A trial is stored, with its values in the order of the objectives."""
+
+    def stopped(self, trial: TrialRecord, reason: str) -> None:
+        """A trial was stopped after a part of its questions, and why."""
 
     def failed(self, trial: TrialRecord, reason: str) -> None:
         """A trial failed, and why."""

@@ -35,7 +35,7 @@ def create(
             and this model has none.
     """
     materials = materials or Materials.open(config, device)
-    if config.sampler.engine == "gradient":
+    if config.sampler.follows_gradients:
         _ = materials.gradient  # a model without one is refused now, not after the baselines
     objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
     store = StudyStore.create(url, config.name, objectives, **options)

@@ -41,9 +41,22 @@ def describe(materials: Materials, url: str) -> list[str]:
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
     ]
-    if config.sampler.engine == "gradient":
+    if config.sampler.follows_gradients:
+        which = (
+            "each trial" if config.sampler.warm is None else f"each of the first {config.sampler.warm} trials"
+        )
         lines.append(
-            f"gradient    {materials.proposal_evaluations:.3g} times that before each trial is proposed"
+            f"gradient    {materials.proposal_evaluations:.3g} times that before {which} is proposed"
+        )
+    if (racing := config.racing) is not None:
+        lines.append(
+            f"racing      {racing.looks} looks; a trial of the front is stopped with a probability of at most "
+            f"{racing.error:g}"
+        )
+    if (fidelity := config.fidelity) is not None:
+        lines.append(
+            f"fidelity    {fidelity.questions} questions first, accuracy by {fidelity.estimator}; in full where the "
+            "front is in reach"
         )
     lines += _power(materials, url)
     lines += [f"note        {note}" for note in materials.notes]

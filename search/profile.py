@@ -80,7 +80,7 @@ def read_profile(records: Sequence[TrialRecord]) -> Profile | None:
     laps = [
         record.attributes[ATTRIBUTE]
         for record in records
-        if record.state == "complete"
+        if record.state in ("complete", "stopped")
         and ATTRIBUTE in record.attributes
         and "same_as" not in record.attributes
     ]

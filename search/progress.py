@@ -36,6 +36,7 @@ class ProgressPrinter(Observer):
         self._quiet = quiet
         self._objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
         self._values: dict[int, tuple[float, ...]] = {}
+        self._stopped = 0
         self._parents: dict[str, tuple[float, ...]] = {}
         self._total = 0
         self._before = 0
@@ -47,10 +48,8 @@ class ProgressPrinter(Observer):
     # -- Observer -----------------------------------------------------------------------------------------------
 
     def started(self, trials: Sequence[TrialRecord], total: int) -> None:
-        for record in trials:
-            if record.state == "complete" and record.values is not None:
-                self._remember(record, record.values)
-        self._total, self._before = total, len(self._values)
+        self._look(trials)
+        self._total, self._before = total, self._tried
         self._began = time.monotonic()
         self._volume = self._hypervolume()
         if self._quiet:
@@ -66,7 +65,7 @@ class ProgressPrinter(Observer):
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self._summary(), total=total, completed=len(self._values))
+            self._task = self._bar.add_task(self._summary(), total=total, completed=self._tried)
 
     def step(self, step: Step, trial: TrialRecord) -> None:
         if step == "asked":
@@ -79,9 +78,7 @@ class ProgressPrinter(Observer):
             )
 
     def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
-        for record in self._store.trials():  # other workers' results, too
-            if record.state == "complete" and record.values is not None:
-                self._remember(record, record.values)
+        self._look(self._store.trials())  # other workers' results, too
         volume = self._hypervolume()
         gained, self._volume = volume - self._volume, volume
         seconds = time.monotonic() - self._trial_began
@@ -90,12 +87,17 @@ class ProgressPrinter(Observer):
         kind = "" if trial.kind == "search" else f" ({trial.kind})"
         line = (
             f"trial {trial.number}{kind}  {scores}  {rank}  {seconds:.1f} s  "
-            f"[{len(self._values)}/{self._total}  {self._summary(gained, scores=False)}]"
+            f"[{self._tried}/{self._total}  {self._summary(gained, scores=False)}]"
         )
-        shown_elsewhere = self._quiet or self._bar is not None
-        logger.log(logging.DEBUG if shown_elsewhere else logging.INFO, line)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=len(self._values), description=self._summary(gained))
+        self._say(line, gained)
+
+    def stopped(self, trial: TrialRecord, reason: str) -> None:
+        self._look(self._store.trials())
+        seconds = time.monotonic() - self._trial_began
+        self._say(
+            f"trial {trial.number}  stopped early: {reason}  {seconds:.1f} s  "
+            f"[{self._tried}/{self._total}  {self._summary(scores=False)}]"
+        )
 
     def failed(self, trial: TrialRecord, reason: str) -> None:
         logger.warning("trial %d failed: %s", trial.number, reason)
@@ -123,6 +125,17 @@ class ProgressPrinter(Observer):
     @property
     def _live(self) -> bool:
         return self._console.is_terminal and not os.environ.get("NO_COLOR")
+
+    @property
+    def _tried(self) -> int:
+        return len(self._values) + self._stopped
+
+    def _say(self, line: str, gained: float = 0.0) -> None:
+        """A line for who reads lines, and the bar for who sees it."""
+        shown_elsewhere = self._quiet or self._bar is not None
+        logger.log(logging.DEBUG if shown_elsewhere else logging.INFO, line)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._tried, description=self._summary(gained))
 
     def _start_block(self, trials: Sequence[TrialRecord]) -> list[Text]:
         config, facts = self._config, self._store.attribute("facts")
@@ -153,11 +166,19 @@ class ProgressPrinter(Observer):
             for j, (name, maximize) in enumerate(self._objectives):
                 best = points[:, j].max() if maximize else points[:, j].min()
                 text += f"  best {name} {best:.3f}"
-        ran = len(self._values) - self._before
+        if self._stopped:
+            text += f"  {self._stopped} stopped early"
+        ran = self._tried - self._before
         if ran > 0:
             each = (time.monotonic() - self._began) / ran
-            text += f"  {each:.1f} s/trial  eta {_duration(each * max(self._total - len(self._values), 0))}"
+            text += f"  {each:.1f} s/trial  eta {_duration(each * max(self._total - self._tried, 0))}"
         return text
+
+    def _look(self, trials: Sequence[TrialRecord]) -> None:
+        for record in trials:
+            if record.state == "complete" and record.values is not None:
+                self._remember(record, record.values)
+        self._stopped = sum(record.state == "stopped" for record in trials)
 
     def _remember(self, trial: TrialRecord, values: tuple[float, ...]) -> None:
         self._values[trial.number] = values

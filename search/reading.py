@@ -40,6 +40,11 @@ def read(board: Board, failed: int = 0, split: Split | None = None) -> list[Rema
     elif split == "report":
         remarks += [_parents(board), *_temperature(board), *_shrinkage(board)]
     remarks += [*_neighbours(board, split), *_beside(board)]
+    if board.stopped:
+        were = "trial was" if board.stopped == 1 else "trials were"
+        remarks.append(
+            Remark(f"{board.stopped} {were} stopped early, before all questions were scored, and not shown.")
+        )
     if failed:
         remarks.append(
             Remark(

@@ -1,10 +1,12 @@
-"""The section `sampler` of a study file, typed, and what every section has in common."""
+"""The section `sampler` of a study file, typed."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from search.sections import Section
 
 OPTUNA_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc", "grid")
 PYMOO_ALGORITHMS = ("nsga2", "nsga3", "unsga3", "sms-emoa", "spea2", "ctaea", "ga")
@@ -16,12 +18,6 @@ _SAMPLERS = {
     "composite": ("gp",),
     "line": ("uniform",),
 }
-
-
-class Section(BaseModel):
-    """A part of a study file: unknown keys, guessed types and numbers that are none are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class CoarseConfig(Section):
@@ -37,7 +33,8 @@ class SamplerConfig(Section):
     `population` is for genetic algorithms, `startup` (random trials before the model takes over) for tpe and gp,
     `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of weights
     between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient;
-    each step reads `batch` questions (all of them without it).
+    each step reads `batch` questions (all of them without it). With `warm` it makes the first so many proposals for
+    another engine.
 
     `knots` or `coarse` let any engine move fewer numbers than there are coefficients (`search.samplers.subspace`):
     so many knots for each component, interpolated over the layers, or blocks that are split in the course of the study.
@@ -53,6 +50,7 @@ class SamplerConfig(Section):
     rate: float | None = Field(default=None, gt=0.0, le=10.0)
     weights: int | None = Field(default=None, ge=1, le=1000)
     batch: int | None = Field(default=None, ge=1)
+    warm: int | None = Field(default=None, ge=1, le=10)
     knots: int | None = Field(default=None, ge=1, le=1000)
     coarse: CoarseConfig | None = None
 
@@ -74,10 +72,11 @@ class SamplerConfig(Section):
             ("population", genetic),
             ("startup", self.name in ("tpe", "gp")),  # gp: Optuna's, and the composite engine's
             ("points", self.name == "grid"),
-            ("steps", self.engine == "gradient"),
-            ("rate", self.engine == "gradient"),
-            ("weights", self.engine == "gradient"),
-            ("batch", self.engine == "gradient"),
+            ("steps", self.follows_gradients),
+            ("rate", self.follows_gradients),
+            ("weights", self.follows_gradients),
+            ("batch", self.follows_gradients),
+            ("warm", self.engine not in ("gradient", "line") and self.name != "grid"),
         ):
             if getattr(self, key) is not None and not fits:
                 raise ValueError(f"{key}: does not go with {self.engine} {self.name}; remove it")
@@ -88,6 +87,11 @@ class SamplerConfig(Section):
         if self.coarse is not None and self.knots is not None:
             raise ValueError("knots, coarse: found both; remove one of the two")
         return self
+
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether some of the proposals are made by gradients."""
+        return self.engine == "gradient" or self.warm is not None
 
     @property
     def title(self) -> str:

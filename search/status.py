@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from search.front import hypervolume, worst_corner
 from search.storage import State, StudyStore, TrialRecord
 from search.study import BASELINES, front_of
 
-STATES: tuple[State, ...] = ("complete", "running", "waiting", "failed")
+STATES: tuple[State, ...] = ("complete", "stopped", "running", "waiting", "failed")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Status:
     Attributes:
         hypervolume: over the corner of the parents' worst values, None until both are scored.
         tokens: scored on the search split so far, proposals included; token_limit: how many may be, None for any.
+        tokens_saved: what scoring every candidate in full, in one go, would have taken beyond that; below 0 where parts
+            cost more than they saved; None for a study without `racing` or `fidelity`.
     """
 
     study: str
@@ -35,10 +38,11 @@ class Status:
     failures: tuple[str, ...]
     tokens: int
     token_limit: int | None
+    tokens_saved: int | None = None
 
     @property
     def to_go(self) -> int:
-        return max(self.total - self.trials["complete"], 0)
+        return max(self.total - self.trials["complete"] - self.trials["stopped"], 0)
 
     @property
     def seconds_left(self) -> float | None:
@@ -58,11 +62,16 @@ class Status:
             "seconds_left": self.seconds_left,
             "tokens": self.tokens,
             "token_limit": self.token_limit,
+            "tokens_saved": self.tokens_saved,
             "failures": list(self.failures),
         }
 
     def text(self) -> str:
-        states = ", ".join(f"{count} {state}" for state, count in self.trials.items() if count) or "none"
+        called = {"stopped": "stopped early"}
+        states = (
+            ", ".join(f"{count} {called.get(state, state)}" for state, count in self.trials.items() if count)
+            or "none"
+        )
         volume = (
             "not known before both parents are scored"
             if self.hypervolume is None
@@ -73,6 +82,10 @@ class Status:
         lines += [f"front        {self.front} trials, hypervolume {volume}"]
         limit = "" if self.token_limit is None else f" of {self.token_limit:,}"
         lines += [f"tokens       {self.tokens:,}{limit} scored on the search split"]
+        if self.tokens_saved is not None:
+            whole = self.tokens + self.tokens_saved
+            share = f" ({self.tokens_saved / whole:.1%})" if whole > 0 else ""
+            lines += [f"saved        {self.tokens_saved:,} tokens{share} by scoring candidates in parts"]
         if self.seconds_per_trial is not None:
             left = "" if not self.to_go else f", {self.seconds_left:.0f} s left for one worker"
             lines.append(f"pace         {self.seconds_per_trial:.2f} s/trial{left}")
@@ -83,11 +96,12 @@ class Status:
 def read_status(store: StudyStore) -> Status:
     """Counts the trials of a study."""
     records = store.trials()
-    objectives = store.attribute("objectives")
+    objectives, config = store.attribute("objectives"), store.attribute("config")
     done = [record for record in records if record.state == "complete"]
     maximize = [bool(m) for _, m in objectives]
     counts = Counter(record.state for record in records)
-    seconds = [r.seconds for r in done if r.seconds is not None and "same_as" not in r.attributes]
+    tried = [record for record in records if record.state in ("complete", "stopped")]
+    seconds = [r.seconds for r in tried if r.seconds is not None and "same_as" not in r.attributes]
     return Status(
         study=store.name,
         storage=shown(store.url),
@@ -103,7 +117,21 @@ def read_status(store: StudyStore) -> Status:
         ),
         tokens=sum(record.tokens for record in records),
         token_limit=store.attribute("tokens"),
+        tokens_saved=_saved(tried) if config.get("racing") or config.get("fidelity") else None,
     )
+
+
+def _saved(tried: Sequence[TrialRecord]) -> int:
+    """Baselines are scored in one go: the first one tells what that takes."""
+    whole = next(
+        (int(r.attributes["tokens"]) for r in tried if r.kind != "search" and "tokens" in r.attributes), 0
+    )
+    taken = [
+        int(record.attributes["tokens"])
+        for record in tried
+        if record.kind == "search" and "tokens" in record.attributes
+    ]
+    return whole * len(taken) - sum(taken)
 
 
 def _volume(done: list[TrialRecord], maximize: list[bool]) -> float | None:

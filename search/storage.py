@@ -126,7 +126,7 @@ class StudyStore:
         return list(self._refreshed().records)
 
     def scored(self, recipe: str) -> TrialRecord | None:
-        """The first complete trial whose attribute `recipe` is this; None if there is none."""
+        """The first complete trial whose attribute `recipe` is this, else the first stopped one; None if neither."""
         return self._refreshed().scored(recipe)
 
     def claim(
@@ -187,16 +187,19 @@ class StudyStore:
 
         False if another worker took the trial over meanwhile: the result is dropped.
         """
-        with self.exclusive():
-            if not self._is_mine(number):
-                logger.warning(
-                    "trial %d was taken over by another worker; this late result is dropped", number
-                )
-                return False
-            for key, value in (attributes or {}).items():
-                self.annotate(number, key, value)
-            self._set_state(number, TrialState.COMPLETE, values=[float(value) for value in values])
-            return True
+        return self._finish(number, TrialState.COMPLETE, [float(value) for value in values], attributes or {})
+
+    def stop(self, number: int, estimate: Sequence[float], attributes: Mapping[str, Any]) -> bool:
+        """The commit point of a trial that was scored in part: pruned, in Optuna's words, and without values.
+
+        Args:
+            estimate: what its values would have come to, in the order of the objectives.
+
+        Returns:
+            As `complete`.
+        """
+        known = {"estimate": [float(value) for value in estimate], **attributes}
+        return self._finish(number, TrialState.PRUNED, None, known)
 
     def fail(self, number: int, error: str) -> None:
         """Fails a trial of this worker, with the reason."""
@@ -234,6 +237,20 @@ class StudyStore:
             thread.join()
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _finish(
+        self, number: int, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]
+    ) -> bool:
+        with self.exclusive():
+            if not self._is_mine(number):
+                logger.warning(
+                    "trial %d was taken over by another worker; this late result is dropped", number
+                )
+                return False
+            for key, value in attributes.items():
+                self.annotate(number, key, value)
+            self._set_state(number, state, values=values)
+            return True
 
     def _refreshed(self) -> History:
         with translated(self.url):

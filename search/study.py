@@ -4,17 +4,17 @@
     run(store, materials)
 
 A reader who knows this file knows the product: `space` gives vectors a meaning, `samplers` propose, `merging` makes
-weights, `objectives` measures, `storage` remembers, `front` compares.
+weights, `objectives` measures, `fidelity` measures no more than it takes, `storage` remembers, `front` compares.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ import numpy as np
 from objectives.diversity import Diversity
 from objectives.evaluator import Evaluation
 from objectives.metrics import Metric
-from search.config import StudyConfig
+from search.batches import size_batches, size_batches_held
+from search.budget import within_tokens
 from search.errors import (
-    ConfigError,
     DiskError,
     EvaluationError,
     MergeError,
@@ -33,10 +33,10 @@ from search.errors import (
     TooManyFailuresError,
 )
 from search.evidence import EvidenceFolder
+from search.fidelity.stages import Scored, Stages, as_learnt
 from search.front import non_dominated
 from search.interrupt import Interrupted
 from search.materials import Materials, Split
-from search.merging.placement import device_title
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
 from search.samplers import Engine, Proposal, Sources, WeightedGradient, make_engine
@@ -54,18 +54,27 @@ BASELINES: tuple[tuple[str, float], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class _Result:
+    """Values in the order of the objectives and what is stored beside them; of a stopped trial, estimates of them."""
+
+    values: Sequence[float]
+    attributes: Mapping[str, Any]
+    stopped: bool = False
+
+
 @dataclass
 class Memory:
     """What recipes scored, for several studies that one process runs on the same materials in one storage.
 
     Attributes:
-        search: recipe -> values and attributes of its trial, tokens included: a trial counts what it would have taken.
+        search: recipe -> its result, tokens included: a trial counts what it would have taken.
         report: recipe -> evidence of its answers and of its diversity on the report split.
 
     Both ask for the folder of the evidence, too: a study finds its own there.
     """
 
-    search: dict[tuple[Path, str], tuple[list[float], dict[str, Any]]] = field(default_factory=dict)
+    search: dict[tuple[Path, str], _Result] = field(default_factory=dict)
     report: dict[tuple[Path, str], tuple[str, str | None]] = field(default_factory=dict)
 
 
@@ -81,26 +90,15 @@ class _Worker:
     watch: Stopwatch
     memory: Memory
 
+    @cached_property
+    def stages(self) -> Stages | None:
+        """How candidates are scored in parts; None if they are not. It takes the live model."""
+        return Stages.of(self.materials, self.evidence)
 
-def set_budget(store: StudyStore, text: str | int | None) -> int:
-    """The number of search trials beyond the baselines: `80` sets it (never below what is done), `+50` adds to it."""
-    with store.exclusive():
-        budget = int(store.attribute("trials"))
-        if text is not None:
-            number = str(text).strip()
-            if not re.fullmatch(r"\+?[0-9]{1,8}", number):
-                raise ConfigError(f"--trials {text}: wanted a number such as 80, or +50 to extend.")
-            wanted = budget + int(number) if number.startswith("+") else int(number)
-            budget = max(wanted, sum(r.state == "complete" and r.kind == "search" for r in store.trials()))
-            store.set_attribute("trials", budget)
-    return budget
-
-
-def set_tokens(store: StudyStore, tokens: int | None) -> None:
-    """Sets the scored tokens that the study may take, unless None is given; what is spent stays spent."""
-    if tokens is not None:
-        with store.exclusive():
-            store.set_attribute("tokens", tokens)
+    @property
+    def trial_tokens(self) -> int:
+        """What a candidate takes that is scored in full."""
+        return self.materials.evaluator("search").tokens if self.stages is None else self.stages.tokens
 
 
 def run(
@@ -126,7 +124,7 @@ def run(
     """
 
     def gradient() -> WeightedGradient:
-        _size_batches(store, materials)  # called while a trial is drawn, so the store is held
+        size_batches_held(store, materials)  # called while a trial is drawn, so the store is held
         return materials.gradient
 
     evidence = EvidenceFolder(store.url, store.name)
@@ -169,7 +167,9 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
 
 
 def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
-    """A new trial, or None if the budget is given out. Failed trials do not count: others are drawn in their place."""
+    """A new trial, or None if the budget is given out. Failed trials do not count: others are drawn in their place;
+    trials that were stopped early do: they were tried.
+    """
     store, engine, space = worker.store, worker.engine, worker.materials.space
     history = store.trials()
     _stop_after_failures(history[first:])
@@ -184,7 +184,7 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
         recipe, tags = space.uniform(coefficient), engine.baseline_tags(missing)
     else:
         with worker.watch.measuring("propose"):
-            proposal = _proposed(engine, history)
+            proposal = _proposed(engine, as_learnt(history))
         kind, tags = "search", proposal.tags
         recipe = space.from_vector([proposal.coefficients[name] for name in space.names])
     return store.claim(
@@ -215,8 +215,10 @@ def _affordable(worker: _Worker, history: Sequence[TrialRecord]) -> bool:
     if limit is None:
         return True
     open_ = sum(record.state in ("running", "waiting") for record in history)
-    evaluation = worker.materials.evaluator("search").tokens
-    due = (open_ + 1) * evaluation + worker.engine.cost(evaluation)  # those under way have paid for theirs
+    # Those under way have paid for their proposals.
+    due = (open_ + 1) * worker.trial_tokens + worker.engine.cost(
+        history, worker.materials.evaluator("search").tokens
+    )
     return sum(record.tokens for record in history) + due <= int(limit)
 
 
@@ -239,10 +241,11 @@ def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
     store, observer = worker.store, worker.observer
     try:
         with store.beating(trial.number):
-            values, attributes = _known(store, trial) or _measured(worker, trial)
+            result = _known(store, trial) or _measured(worker, trial)
         observer.step("evidence", trial)
         with worker.watch.measuring("store"):
-            told = store.complete(trial.number, values, {**attributes, ATTRIBUTE: worker.watch.lap()})
+            tell = store.stop if result.stopped else store.complete
+            told = tell(trial.number, result.values, {**result.attributes, ATTRIBUTE: worker.watch.lap()})
     except (Interrupted, DiskError, StorageError):
         # If it cannot be given back, it is adopted like a dead worker's.
         with suppress(DiskError, StorageError):
@@ -259,49 +262,63 @@ def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
             ) from error
         observer.failed(trial, reason)
         return
-    if told:
-        observer.finished(trial, values)
+    if told and result.stopped:
+        observer.stopped(trial, str(result.attributes["reason"]))
+    elif told:
+        observer.finished(trial, result.values)
 
 
-def _known(store: StudyStore, trial: TrialRecord) -> tuple[list[float], dict[str, Any]] | None:
-    """The result of a finished trial with the same recipe: genetic algorithms propose exact duplicates."""
+def _known(store: StudyStore, trial: TrialRecord) -> _Result | None:
+    """The result of a finished trial with the same recipe: genetic algorithms propose exact duplicates.
+
+    What was stopped once stays stopped: the front has not become worse since.
+    """
     twin = store.scored(trial.attributes["recipe"])
-    if twin is None or twin.values is None:
+    if twin is None:
         return None
-    copied = {key: twin.attributes[key] for key in ("evidence", "diversity") if key in twin.attributes}
-    return list(twin.values), {**copied, "same_as": twin.number}
+    kept = ("evidence", "diversity", "partial", "scored", "reason")
+    attributes = {key: twin.attributes[key] for key in kept if key in twin.attributes}
+    values = twin.attributes["estimate"] if twin.values is None else twin.values
+    return _Result(values, {**attributes, "same_as": twin.number}, stopped=twin.values is None)
 
 
-def _measured(worker: _Worker, trial: TrialRecord) -> tuple[list[float], dict[str, Any]]:
-    remembered = worker.memory.search
-    if (key := (worker.evidence.path, trial.attributes["recipe"])) not in remembered:
-        remembered[key] = _scored(worker, trial)
-    return remembered[key]
+def _measured(worker: _Worker, trial: TrialRecord) -> _Result:
+    key, known = (worker.evidence.path, trial.attributes["recipe"]), worker.memory.search
+    if key in known:
+        return known[key]
+    found = _scored(worker, trial)
+    if worker.stages is None:  # in parts, a result is one of this study's front, too
+        known[key] = found
+    return found
 
 
-def _scored(worker: _Worker, trial: TrialRecord) -> tuple[list[float], dict[str, Any]]:
-    evaluation, diversity = _evaluated(worker, trial, "search")
-    values = []
-    for metric in worker.materials.metrics:
+def _scored(worker: _Worker, trial: TrialRecord) -> _Result:
+    scored, diversity = _evaluated(worker, trial, "search")
+    evaluation, verdict = scored.evaluation, scored.verdict
+    values: list[float] = [] if verdict is None else list(verdict.estimate)
+    for metric in worker.materials.metrics[len(values) :]:
         if isinstance(metric, Metric):
-            value = float(metric.value(evaluation.outcomes))
+            values.append(float(metric.value(evaluation.outcomes)))
         else:
             assert diversity is not None, "the study file was refused otherwise"
-            value = float(metric.value(diversity))
+            values.append(float(metric.value(diversity)))
+    for metric, value in zip(worker.materials.metrics, values, strict=True):
         if not math.isfinite(value):
             raise EvaluationError(f"{metric.name}: found {value}, wanted a finite number.")
-        values.append(value)
     with worker.watch.measuring("store"):
-        attributes: dict[str, Any] = {
-            "evidence": worker.evidence.save(evaluation),
-            "tokens": evaluation.scored_tokens,
-        }
+        saved, tokens = worker.evidence.save(evaluation), evaluation.scored_tokens
+        if verdict is not None:
+            part = [len(evaluation.outcomes), scored.questions]
+            attributes = {"partial": saved, "scored": part, "tokens": tokens, "reason": verdict.reason}
+            return _Result(values, attributes, stopped=True)
+        attributes = {"evidence": saved, "tokens": tokens}
         if diversity is not None:
             attributes["diversity"] = worker.evidence.save(diversity)
-        return values, attributes
+        return _Result(values, attributes)
 
 
-def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Evaluation, Diversity | None]:
+def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Scored, Diversity | None]:
+    """What the recipe answers to a split; a candidate that is stopped samples no answers."""
     materials, observer, watch = worker.materials, worker.observer, worker.watch
     if (tokens := size_batches(worker.store, materials)) is not None:
         observer.batches(tokens)
@@ -310,46 +327,15 @@ def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Evalu
         materials.merge(Recipe(materials.space.method, trial.coefficients))
     observer.step("merged", trial)
     with watch.measuring("score"):
-        evaluation = materials.evaluate(split, observer.evaluating)
-        diversity = materials.diversify(split)
+        stages = worker.stages if split == "search" and trial.kind == "search" else None
+        if stages is None:
+            evaluation = materials.evaluate(split, observer.evaluating)
+            scored = Scored(evaluation, len(evaluation.outcomes))
+        else:
+            scored = stages.score(trial, worker.store.trials(), observer.evaluating)
+        diversity = None if scored.verdict is not None else materials.diversify(split)
     observer.step("evaluated", trial)
-    return evaluation, diversity
-
-
-def size_batches(store: StudyStore, materials: Materials) -> int | None:
-    """Sets tokens a batch to what the study's first worker on such a device measured, unless the study file says it.
-
-    Another batch changes the last bits of a score, so a study keeps to one.
-
-    Returns:
-        The number, the first time; None once it is set.
-    """
-    if materials.config.batch_tokens is not None or materials.scorer.sized:
-        return None
-    with store.exclusive():
-        return _size_batches(store, materials)
-
-
-def _size_batches(store: StudyStore, materials: Materials) -> int | None:
-    """`size_batches` for who holds the store."""
-    if materials.scorer.sized:
-        return None
-    size = batch_tokens(store, materials.config, materials.device)
-    if size is None:
-        size = materials.scorer.measure(materials.questions.search)
-        store.set_attribute(_batch_key(materials.device), size)
-    materials.scorer.use(size)
-    return size
-
-
-def batch_tokens(store: StudyStore, config: StudyConfig, device: str) -> int | None:
-    """Tokens a batch of a study on such a device: given, or measured earlier; None if neither."""
-    known = config.batch_tokens or store.attribute(_batch_key(device))
-    return None if known is None else int(known)
-
-
-def _batch_key(device: str) -> str:
-    return f"batch_tokens:{device_title(device)}"
+    return scored, diversity
 
 
 def _score_report_split(worker: _Worker, checkpoints: Sequence[int]) -> None:
@@ -362,7 +348,7 @@ def _score_report_split(worker: _Worker, checkpoints: Sequence[int]) -> None:
     maximize = [metric.maximize for metric in worker.materials.metrics]
     on_front = front_of(done, maximize)
     for tokens in checkpoints:
-        on_front |= front_of(within_tokens(done, tokens), maximize)
+        on_front |= front_of(within_tokens(store.trials(), tokens), maximize)
     everybody = worker.materials.config.split.report == "all"
     known = store.attributes()
     due = [
@@ -385,20 +371,14 @@ def _score_report_split(worker: _Worker, checkpoints: Sequence[int]) -> None:
         worker.observer.reporting(index, len(due))
         key = (folder, record.attributes["recipe"])
         if key not in by_recipe:
-            evaluation, diversity = _evaluated(worker, record, "report")
+            scored, diversity = _evaluated(worker, record, "report")
             sampled = None if diversity is None else worker.evidence.save(diversity)
-            by_recipe[key] = (worker.evidence.save(evaluation), sampled)
+            by_recipe[key] = (worker.evidence.save(scored.evaluation), sampled)
         answered, sampled = by_recipe[key]
         if sampled is not None:
             store.set_attribute(f"diversity:{record.number}", sampled)
         store.set_attribute(f"report:{record.number}", answered)  # last: its presence says that all is there
     worker.observer.reporting(len(due), len(due))
-
-
-def within_tokens(records: Sequence[TrialRecord], tokens: int) -> list[TrialRecord]:
-    """The first of these records, by number, that together took at most so many scored tokens."""
-    spent = np.cumsum([record.tokens for record in records])
-    return [record for record, total in zip(records, spent, strict=True) if total <= tokens]
 
 
 def front_of(records: Sequence[TrialRecord], maximize: Sequence[bool]) -> set[int]:
@@ -410,7 +390,7 @@ def front_of(records: Sequence[TrialRecord], maximize: Sequence[bool]) -> set[in
 
 
 def _stop_after_failures(history: Sequence[TrialRecord]) -> None:
-    finished = [record for record in history if record.state in ("complete", "failed")]
+    finished = [record for record in history if record.finished]
     last = finished[-MAX_FAILURES_IN_A_ROW:]
     if len(last) == MAX_FAILURES_IN_A_ROW and all(record.state == "failed" for record in last):
         raise TooManyFailuresError(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, DateTime, Engine, TableClause, column, select, table
 
-State = Literal["complete", "failed", "running", "waiting"]
+State = Literal["complete", "stopped", "failed", "running", "waiting"]
 
 PROPOSAL_TOKENS = "mergefront:proposal_tokens"  # tag of a trial: what its engine spent on the proposal
 BATCH = 500  # trials a statement: databases limit the values in one
@@ -25,7 +25,7 @@ BATCH = 500  # trials a statement: databases limit the values in one
 _STATES: dict[str, State] = {
     "COMPLETE": "complete",
     "FAIL": "failed",
-    "PRUNED": "failed",
+    "PRUNED": "stopped",
     "RUNNING": "running",
     "WAITING": "waiting",
 }
@@ -54,7 +54,10 @@ _USER, _SYSTEM = (
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as the product sees it; `values` in the order of the study's objectives, None until complete."""
+    """One trial as the product sees it; `values` in the order of the study's objectives, None until complete.
+
+    A stopped one has none: a part of its questions was scored, and what it came to is its attribute `estimate`.
+    """
 
     number: int
     kind: str
@@ -73,7 +76,7 @@ class TrialRecord:
     @property
     def finished(self) -> bool:
         """A finished trial never changes again."""
-        return self.state in ("complete", "failed")
+        return self.state in ("complete", "stopped", "failed")
 
 
 class TrialTables:
@@ -122,7 +125,7 @@ def _read(connection: Connection, ids: Sequence[int]) -> Iterator[tuple[int, Tri
         record = TrialRecord(
             number=number,
             kind=str(attributes[trial_id]["kind"]),
-            state=_STATES[state],
+            state=_STATES[state] if state != "PRUNED" or "estimate" in attributes[trial_id] else "failed",
             coefficients=coefficients[trial_id],
             values=tuple(values[trial_id]) if state == "COMPLETE" else None,
             attributes=attributes[trial_id],
@@ -174,7 +177,7 @@ class History:
         return self.records[self._places[trial_id]]
 
     def scored(self, recipe: str) -> TrialRecord | None:
-        """The first complete trial whose attribute `recipe` is this."""
+        """The first complete trial whose attribute `recipe` is this, else the first stopped one."""
         return self._scored.get(recipe)
 
     def _put(self, trial_id: int, record: TrialRecord) -> None:
@@ -185,8 +188,7 @@ class History:
             self.records.append(record)
         else:
             self.records[place] = record
-        if record.state == "complete":
+        if record.state in ("complete", "stopped"):
             recipe = record.attributes.get("recipe")
-            first = self._scored.setdefault(recipe, record)
-            if record.number < first.number:
-                self._scored[recipe] = record
+            both = (self._scored.get(recipe, record), record)
+            self._scored[recipe] = min(both, key=lambda one: (one.state == "stopped", one.number))

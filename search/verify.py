@@ -14,6 +14,7 @@ from objectives.evaluator import Evaluation, Evaluator
 from objectives.metrics import get_metric
 from objectives.scoring import Scorer
 from objectives.tasks import load_questions
+from search.batches import batch_tokens
 from search.config import StudyConfig
 from search.errors import ConfigError, ExportError
 from search.evidence import EvidenceFolder
@@ -31,7 +32,6 @@ from search.merging.tokenizers import load_tokenizer
 from search.opening import moved_config
 from search.space import CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
-from search.study import batch_tokens
 
 # How far a log-likelihood may lie from the stored one: absolute, and as a share of it. The weights are the same bits,
 # so on the same machine the difference is zero or rounding of float32 sums; the wider bounds of the 16-bit types are

@@ -56,6 +56,9 @@ class Striker(Observer):
     def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
         self._reached(AFTER_TELL)
 
+    def stopped(self, trial: TrialRecord, reason: str) -> None:
+        self._reached(AFTER_TELL)
+
 
 def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -67,7 +67,13 @@ def test_launch_resume_status_front(cli: Cli, tmp_path: Path) -> None:
     code, out, _ = cli("status", study)
     assert "16 complete; 0 of 16 to go" in out
     code, out, _ = cli("status", "pico", "--json")
-    assert json.loads(out)["trials"] == {"complete": 16, "running": 0, "waiting": 0, "failed": 0}
+    assert json.loads(out)["trials"] == {
+        "complete": 16,
+        "stopped": 0,
+        "running": 0,
+        "waiting": 0,
+        "failed": 0,
+    }
     code, out, err = cli("launch", study, "--fresh")
     assert (code, "exists" in err) == (2, True)
     code, out, err = cli("launch", study, "--set", "space.high=1.1")

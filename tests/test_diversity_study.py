@@ -11,13 +11,14 @@ import pytest
 from objectives.diversity import get_diversity_metric
 from objectives.prompts import load_prompts
 from search.board import read_board
+from search.budget import set_budget
 from search.config import load_study_file
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.opening import create, reopen
 from search.report import write_report
 from search.storage import StudyStore
-from search.study import run, set_budget
+from search.study import run
 from tests.conftest import Cli
 from tests.pico import save_pico
 from tests.pico_study import write_prompts, write_study

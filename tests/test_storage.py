@@ -378,3 +378,27 @@ def test_urls(tmp_path: Path) -> None:
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(DiskError, match="cannot be written"):
             connect(f"sqlite:///{tmp_path / 'locked/study.db'}", create=True)
+
+
+def test_a_stopped_trial_is_a_pruned_one_to_optuna(url: str) -> None:
+    store = new_store(url)
+    first, second, third = (claim(store) for _ in range(3))
+    assert store.stop(first, [0.5, 0.1], {"tokens": 7, "reason": "trial 0 is better"})
+    (record,) = [r for r in store.trials() if r.number == first]
+    assert (record.state, record.values, record.finished, record.tokens) == ("stopped", None, True, 7)
+    assert record.attributes["estimate"] == [0.5, 0.1]
+    found = store.scored("r")
+    assert found is not None
+    assert found.number == first
+    assert not store.stop(first, [0.5, 0.1], {}), "it is over"
+    # Complete ones go before stopped ones, whatever their numbers.
+    store.complete(second, [0.6, 0.2])
+    found = store.scored("r")
+    assert found is not None
+    assert found.number == second
+    study = optuna.load_study(study_name="s", storage=url)
+    assert study.trials[first].state == optuna.trial.TrialState.PRUNED
+    assert [t.number for t in study.best_trials] == [second]
+    # Pruned by somebody else: there is nothing to learn from it.
+    study._storage.set_trial_state_values(study.trials[third]._trial_id, optuna.trial.TrialState.PRUNED)
+    assert StudyStore.open(url, "s").trials()[third].state == "failed"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from objectives.evaluator import Evaluation
+from search.budget import set_budget, set_tokens
 from search.config import load_study_file
 from search.errors import DiskError, EvaluationError, TooManyFailuresError
 from search.evidence import EvidenceFolder
@@ -19,7 +20,7 @@ from search.observer import Observer
 from search.opening import create
 from search.samplers import Proposal
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, front_of, run, set_budget, set_tokens
+from search.study import BASELINES, front_of, run
 from tests.pico_study import write_study
 
 FIRST = len(BASELINES)

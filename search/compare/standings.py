@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from objectives.bootstrap import interval
 from objectives.metrics import Metric, get_metric
 from search.alternatives import Scores
+from search.budget import within_tokens
 from search.cells import RESAMPLES, Cell, CellComputer, cell_around
 from search.compare.entrants import LINE, Entry
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.front import hypervolume, hypervolume_batch, worst_corner
 from search.storage import StudyStore, TrialRecord
-from search.study import front_of, within_tokens
+from search.study import front_of
 
 TEMPERATURE = "temperature"  # what a merge has to beat: it costs nothing
 

@@ -10,6 +10,7 @@ from objectives.metrics import Metric
 from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, Sources, WeightedGradient
 from search.samplers.subspace import Knots, MakeGradient, Moving, SubspaceEngine
+from search.space import UNIFORM_LINE
 
 __all__ = ["Engine", "Proposal", "Sources", "WeightedGradient", "make_engine"]
 
@@ -49,10 +50,21 @@ def make_engine(
             return CoarseToFine(names, bounds, maximize, coarse.start, coarse.every, plain, gradient)
         return plain(names, gradient)
 
-    follows = cache(sources.gradient) if config.engine == "gradient" else None
+    def warm(names: tuple[str, ...], gradient: MakeGradient | None) -> Engine:
+        engine = within(names, gradient if config.engine == "gradient" else None)
+        if config.warm is None or gradient is None:
+            return engine
+        from search.samplers.gradient_engine import GradientEngine
+        from search.samplers.warm import WarmStarted
+
+        maximize = tuple(metric.maximize for metric in sources.metrics)
+        first = GradientEngine(config, names, bounds, maximize, gradient)
+        return WarmStarted(first, engine, config.warm, len(UNIFORM_LINE))
+
+    follows = cache(sources.gradient) if config.follows_gradients else None
     if idle and len(idle) < len(groups):
-        return SubspaceEngine(Moving(groups, idle), within, follows)
-    return within(groups, follows)
+        return SubspaceEngine(Moving(groups, idle), warm, follows)
+    return warm(groups, follows)
 
 
 def _plain(

@@ -72,15 +72,16 @@ class Engine(Protocol):
         """Tags that make the `index`-th baseline (parents and uniform line, scored first) seed the search."""
         return {}
 
-    def cost(self, evaluation: int) -> int:
-        """Scored tokens that the next proposal takes before its trial, where one evaluation takes `evaluation`."""
+    def cost(self, history: Sequence[TrialRecord], evaluation: int) -> int:
+        """Scored tokens that the next proposal takes, where one evaluation takes `evaluation`; `history` as below."""
         return 0
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """The recipe of draw number `draw` (counted from 0 over all trials, baselines included).
 
         Args:
-            history: all trials with a smaller number, by number; running ones have no values yet.
+            history: all trials with a smaller number, by number; running ones have no values yet. One that was
+                stopped early appears as complete, its estimates as its values (`fidelity.stages.as_learnt`).
         """
         ...
 

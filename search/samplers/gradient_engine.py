@@ -54,7 +54,7 @@ class GradientEngine(Engine):
         self._weights = spread(config.weights or WEIGHTS, len(maximize), config.seed)
         self._gradient = cache(gradient)
 
-    def cost(self, evaluation: int) -> int:
+    def cost(self, history: Sequence[TrialRecord], evaluation: int) -> int:
         """See `Engine.cost`."""
         return self._steps * self._gradient().tokens
 

@@ -45,6 +45,7 @@ _ANY_TIME = datetime(2000, 1, 1)  # Optuna wants one; no sampler looks at it
 
 _STATES: dict[State, TrialState] = {
     "complete": TrialState.COMPLETE,
+    "stopped": TrialState.FAIL,  # engines are shown it as complete, with its estimate
     "failed": TrialState.FAIL,
     "running": TrialState.RUNNING,
     "waiting": TrialState.RUNNING,  # its recipe is fixed: to a sampler it is on its way
