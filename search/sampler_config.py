@@ -96,7 +96,9 @@ class SamplerConfig(Section):
     @property
     def title(self) -> str:
         """In a few words, for people."""
-        text = f"{self.engine} {self.name}"
+        text = self.engine if len(_SAMPLERS[self.engine]) == 1 else f"{self.engine} {self.name}"
+        if self.warm is not None:
+            text += f", {self.warm} by gradients first"
         if self.knots is not None:
             return f"{text}, {self.knots} knots"
         if self.coarse is not None:

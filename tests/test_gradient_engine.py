@@ -205,7 +205,7 @@ def test_check_says_what_a_proposal_costs(tmp_path: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"merge": {"method": "slerp"}}, "sampler: engine gradient needs merge.method linear"),
+        ({"merge": {"method": "slerp"}}, "sampler: gradients need merge.method linear"),
         (
             {"objectives": ["accuracy", "auroc"]},
             "objectives: auroc: the gradient engine has no differentiable",

@@ -47,7 +47,7 @@ def comparison_figure(found: Standings) -> Figure:
         f"fitted temperature. Right: hypervolume on the search split, median and range of the seeds; dots: mean on the "
         f"report split."
     )
-    width = 2 * COLUMN
+    width = 2.4 * COLUMN
     below = caption_height(text, width)
     figure = canvas(width, _HEIGHT + below, below)
     left, right = figure.subplots(1, 2)
@@ -57,7 +57,7 @@ def comparison_figure(found: Standings) -> Figure:
     by_label = {name: [one for one in found.outcomes if one.label == name] for name in labels}
     _draw_attainment(left, found, by_label, colours)
     _draw_growth(right, found, by_label, colours)
-    right.legend(loc="lower right", handlelength=1.6)
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)
     caption(figure, text)
     return figure
 
