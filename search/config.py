@@ -303,6 +303,7 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
         "diversity": DiversityConfig,
         "racing": RacingConfig,
         "fidelity": FidelityConfig,
+        "coarse": CoarseConfig,
     }
     for part in path:
         if isinstance(part, str):

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from optuna.distributions import FloatDistribution, distribution_to_json
@@ -30,7 +30,7 @@ from objectives.outcomes import Outcomes
 from search.config import parse_study
 from search.materials import Materials, Split
 from search.observer import Observer, Step
-from search.samplers import Engine, Proposal, make_engine
+from search.samplers import Engine, Proposal, Sources, make_engine
 from search.space import CoefficientSpace, Group, Recipe
 from search.storage import StudyStore, TrialRecord
 from search.study import BASELINES, run
@@ -215,11 +215,16 @@ def fill(database: Path, materials: FreeMaterials, trials: int) -> None:
     connection.close()
 
 
+def _none(*_: object) -> NoReturn:
+    raise NotImplementedError("the engines timed here read neither gradients nor answers")
+
+
 def made_up(materials: FreeMaterials, trials: int) -> Iterable[TrialRecord]:
     """Complete trials of an imagined run, with what the engine wants to find again on each."""
     config, space = materials.config.sampler, materials.space
     bounds = (space.low, space.high)
-    engine = make_engine(config, space.names, bounds, tuple(metric.maximize for metric in materials.metrics))
+    sources = Sources(materials.metrics, _none, _none)
+    engine = make_engine(config, space.names, bounds, sources)
     last: list[TrialRecord] = []
     rng = np.random.default_rng(0)
     for number in range(trials):
