@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import find_metric
 from search.errors import ConfigError
-from search.sampler_config import SINGLE_OBJECTIVE, SamplerConfig
+from search.sampler_config import SINGLE_OBJECTIVE, CoarseConfig, SamplerConfig
 from search.sections import (
     DiversityConfig,
     FidelityConfig,

@@ -137,17 +137,18 @@ def _shifted(progress: Callable[[int, int], None], before: int, total: int, done
 
 def make_rule(materials: Materials, evidence: EvidenceFolder) -> Rule | None:
     """The rule of a study; None if its study file has neither `racing` nor `fidelity`."""
+    config = materials.config
+    if config.racing is None and config.fidelity is None:
+        return None
     from search.fidelity.estimating import Estimating
     from search.fidelity.racing import Racing
 
-    config = materials.config
     metrics = [metric for metric in materials.metrics if isinstance(metric, Metric)]
     task = np.array([question.task for question in materials.questions.search], dtype=np.int64)
     if config.racing is not None:
         return Racing(config.racing, metrics, task, Answers(evidence))
-    if config.fidelity is not None:
-        return Estimating(config.fidelity, metrics, task, Answers(evidence))
-    return None
+    assert config.fidelity is not None, "one of the two is there"
+    return Estimating(config.fidelity, metrics, task, Answers(evidence))
 
 
 class Answers:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -45,6 +46,10 @@ EARLY = 200  # the trial whose cost the last ones are compared with
 
 class FreeMaterials(Materials):
     """Materials whose merge and evaluation cost next to nothing."""
+
+    @cached_property
+    def idle(self) -> tuple[str, ...]:
+        return ()
 
     def merge(self, recipe: Recipe) -> None:
         vars(self)["merged"] = recipe
