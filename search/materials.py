@@ -12,6 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from objectives.diversity import Diversity, DiversityMetric, measure_diversity
 from objectives.equivalence import EmbeddingEquivalence, EntailmentEquivalence, Equivalence
 from objectives.evaluator import Evaluation, Evaluator
@@ -200,6 +203,16 @@ class Materials:
         proposal = self.proposal_evaluations * self.evaluator("search").tokens
         tokens = -int(-proposal // (self.config.sampler.steps or STEPS))
         return StepGradient(of, self._losses, self._parts, tokens)
+
+    def losses(self, evaluation: Evaluation) -> NDArray[np.float64]:
+        """`(objectives,)`: the objectives' stand-ins on what was answered; lower is better."""
+        import torch
+
+        padding = np.isneginf(evaluation.loglikelihood)
+        divided = evaluation.loglikelihood.astype(np.float64) / evaluation.divisor
+        score = torch.from_numpy(np.where(padding, -np.inf, divided))
+        gold = torch.from_numpy(evaluation.outcomes.gold.copy())
+        return np.array([float(loss(score, gold)) for loss in self._losses])
 
     @cached_property
     def _losses(self) -> list[Loss]:

@@ -133,7 +133,7 @@ def run(
         return evidence.load(str(record.attributes["evidence"]))
 
     bounds = (materials.space.low, materials.space.high)
-    sources = Sources(materials.metrics, gradient, answers)
+    sources = Sources(materials.metrics, gradient, answers, lambda record: materials.losses(answers(record)))
     engine = make_engine(materials.config.sampler, materials.space.names, bounds, sources, materials.idle)
     worker = _Worker(
         store, materials, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()

@@ -77,9 +77,15 @@ def answers(record: TrialRecord) -> Evaluation:
     return Evaluation.of_probabilities(Outcomes.from_loglikelihoods(score, zero + 3, gold, zero), 60, "")
 
 
+def losses(record: TrialRecord) -> np.ndarray:
+    """Squared distances, as `slope` has them."""
+    x = np.array(list(record.coefficients.values())[:3])
+    return np.asarray(((x - np.vstack([BEST, BEST[0]])[:, : len(x)]) ** 2).sum(axis=1))
+
+
 def sources(objectives: int = 2) -> Sources:
     metrics = tuple(map(get_metric, ("accuracy", "ece", "brier")[:objectives]))
-    return Sources(metrics, lambda: Gradient(slope), answers)
+    return Sources(metrics, lambda: Gradient(slope), answers, lambda record: losses(record)[:objectives])
 
 
 def known(number: int, state: State = "complete") -> dict[str, str]:

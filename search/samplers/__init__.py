@@ -58,7 +58,7 @@ def make_engine(
         from search.samplers.warm import WarmStarted
 
         maximize = tuple(metric.maximize for metric in sources.metrics)
-        first = GradientEngine(config, names, bounds, maximize, gradient)
+        first = GradientEngine(config, names, bounds, maximize, gradient, sources.losses)
         return WarmStarted(first, engine, config.warm, len(UNIFORM_LINE))
 
     follows = cache(sources.gradient) if config.follows_gradients else None
@@ -80,7 +80,7 @@ def _plain(
         case "gradient":
             from search.samplers.gradient_engine import GradientEngine
 
-            return GradientEngine(config, names, bounds, maximize, sources.gradient)
+            return GradientEngine(config, names, bounds, maximize, sources.gradient, sources.losses)
         case "composite":
             from search.samplers.composite_engine import CompositeEngine
 

@@ -54,11 +54,13 @@ class Sources:
         metrics: the objectives, in order.
         gradient: makes what gives gradients; called at the first proposal that needs it, since it needs the live model.
         answers: what a complete trial answered to the search split.
+        losses: the losses `(objectives,)` of these answers by which gradients are followed.
     """
 
     metrics: tuple[Metric | DiversityMetric, ...]
     gradient: Callable[[], WeightedGradient]
     answers: Callable[[TrialRecord], Evaluation]
+    losses: Callable[[TrialRecord], NDArray[np.float64]]
 
 
 class Engine(Protocol):

@@ -1,8 +1,9 @@
 """Descents along the gradient of differentiable stand-ins for the objectives, one for each of a spread of weights.
 
 Each of the `weights` descents minimises a weighted sum of the objectives' losses with Adam (Kingma and Ba 2015),
-projected on the bounds, from the best baseline for its weights. The losses are those of all search questions, so the
-steps carry no sampling noise. Every proposal is `steps` steps further on the descent whose turn it is. What a descent
+projected on the bounds, from the best baseline for its weights. A weight is per reach of its loss: what the losses
+differ by among the baselines counts as one, or cross-entropy would drown a calibration error ten times as small. Every
+proposal is `steps` steps further on the descent whose turn it is. What a descent
 must know to go on is in the tags of its last trial: where it is, Adam's moments, and the count of its steps.
 """
 
@@ -36,6 +37,7 @@ class GradientEngine(Engine):
 
     Args:
         gradient: makes what gives the gradients; called at the first proposal, since it needs the live model.
+        losses: `(objectives,)` losses of a complete trial, in the order of the weights.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class GradientEngine(Engine):
         bounds: tuple[float, float],
         maximize: tuple[bool, ...],
         gradient: Callable[[], WeightedGradient],
+        losses: Callable[[TrialRecord], Floats],
     ) -> None:
         self._groups = groups
         self._bounds = bounds
@@ -53,6 +56,8 @@ class GradientEngine(Engine):
         self._rate = config.rate or RATE
         self._weights = spread(config.weights or WEIGHTS, len(maximize), config.seed)
         self._gradient = cache(gradient)
+        self._losses = losses
+        self._known: dict[int, Floats] = {}
 
     def cost(self, history: Sequence[TrialRecord], evaluation: int) -> int:
         """See `Engine.cost`."""
@@ -72,17 +77,29 @@ class GradientEngine(Engine):
             kept = last.tags[_ADAM]
             # Moments of other coordinates, from before blocks were split (`coarse`), are of no use to these.
             adam = _Adam(self._rate, len(x), **(kept if len(kept["first"]) == len(x) else {}))
+        pull = weights / self._reach(history)
         gradient, tokens = self._gradient(), 0
         for step in range(self._steps):
-            here = gradient(x, weights, len(descents) * self._steps + step)
+            here = gradient(x, pull, len(descents) * self._steps + step)
             x = np.clip(x + adam.step(here.gradient), *self._bounds)
             tokens += here.tokens
         tags = {_DESCENT: turn, _ADAM: adam.to_json(), PROPOSAL_TOKENS: tokens}
         return Proposal({group: float(c) for group, c in zip(self._groups, x, strict=True)}, tags)
 
+    def _reach(self, history: Sequence[TrialRecord]) -> Floats:
+        """`(objectives,)`: what each loss differs by among the baselines; 1 where it does not."""
+        known = _baselines(history)
+        for record in known:
+            if record.number not in self._known:
+                self._known[record.number] = self._losses(record)
+        if not known:
+            return np.ones(len(self._sign))
+        reach = np.ptp([self._known[record.number] for record in known], axis=0)
+        return np.where(reach > 0.0, reach, 1.0)
+
     def _start(self, history: Sequence[TrialRecord], weights: Floats) -> Floats:
         """The best baseline by the weighted sum of its values, each scaled to [0, 1] over the baselines."""
-        known = [record for record in history if record.kind != "search" and record.state == "complete"]
+        known = _baselines(history)
         if not known:  # other workers have them all
             return np.full(len(self._groups), 0.5)
         values = np.array([record.values for record in known]) * self._sign
@@ -90,6 +107,10 @@ class GradientEngine(Engine):
         scaled = (values - values.min(axis=0)) / np.where(reach > 0.0, reach, 1.0)
         best = known[int((scaled @ weights).argmin())]
         return np.array([best.coefficients[group] for group in self._groups])
+
+
+def _baselines(history: Sequence[TrialRecord]) -> list[TrialRecord]:
+    return [record for record in history if record.kind != "search" and record.state == "complete"]
 
 
 def spread(count: int, objectives: int, seed: int) -> Floats:

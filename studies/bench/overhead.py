@@ -228,7 +228,7 @@ def made_up(materials: FreeMaterials, trials: int) -> Iterable[TrialRecord]:
     """Complete trials of an imagined run, with what the engine wants to find again on each."""
     config, space = materials.config.sampler, materials.space
     bounds = (space.low, space.high)
-    sources = Sources(materials.metrics, _none, _none)
+    sources = Sources(materials.metrics, _none, _none, _none)
     engine = make_engine(config, space.names, bounds, sources)
     last: list[TrialRecord] = []
     rng = np.random.default_rng(0)
