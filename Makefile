@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help install quickstart test test-all lint smollm2 bench clean
+.PHONY: compare help install quickstart test test-all lint smollm2 bench clean
 
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
 	@echo "make test        lint, types and the fast tests"
 	@echo "make test-all    the slow tests, too"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
+	@echo "make compare     engines at equal scored tokens on the quickstart's pair (about 20 minutes on two cores)"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on that pair (about 40 minutes)"
 
 install: $(VENV)/.product
@@ -40,6 +41,11 @@ quickstart: $(VENV)/.product
 	$(BIN)/mergefront verify runs/quickstart/export
 	$(BIN)/mergefront launch studies/quickstart/diversity.yaml
 	$(BIN)/mergefront calibrate quickstart-diversity --method naive --method daca --method dual-align --select post --select knee
+
+compare: $(VENV)/.product
+	$(BIN)/python studies/quickstart/prepare.py
+	$(BIN)/mergefront compare studies/quickstart/study.yaml --budget 60x --seeds 5 --workers 2 \
+		--engines composite,gp,tpe,pymoo:nsga2,gradient --out runs/quickstart/compare
 
 smollm2: $(VENV)/.prepare
 	$(BIN)/python studies/smollm2-135m/prepare.py

@@ -6,16 +6,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from search import __version__
 from search.errors import ConfigError, MergefrontError
 from search.interrupt import Interrupted, interruptible
+from search.naming import open_study, storage_url, study_name
 from search.options import (
     AsWorker,
     Device,
@@ -30,6 +29,7 @@ from search.options import (
     Study,
     Workers,
 )
+from search.running import run_study
 
 app = typer.Typer(
     name="mergefront",
@@ -84,7 +84,7 @@ def check(
     from search.preflight import describe
 
     config = load_study_file(study, overrides)
-    for line in describe(Materials.open(config, device), _url(storage, config.name)):
+    for line in describe(Materials.open(config, device), storage_url(storage, config.name)):
         print(line)
 
 
@@ -112,12 +112,12 @@ def launch(
     if show_config:
         print(json.dumps(config.to_json(), indent=2))
         return
-    url = _url(storage, config.name)
+    url = storage_url(storage, config.name)
     with interruptible():
         store, materials = create(config, url, device, fresh=fresh, grace=grace)
         # A budget that was extended before is not taken back by launching the same file again.
         set_budget(store, trials if trials is not None else max(config.trials, set_budget(store, None)))
-        _run(store, materials, workers, device, profile=profile)
+        run_study(store, materials, workers, device, profile=profile, quiet=_OPTIONS["quiet"])
 
 
 @app.command()
@@ -144,11 +144,20 @@ def resume(
 
     with interruptible():
         store, materials = reopen(
-            _url(storage, _study_name(name)), _study_name(name), device, overrides, grace=grace
+            storage_url(storage, study_name(name)), study_name(name), device, overrides, grace=grace
         )
         set_budget(store, trials)
         set_tokens(store, tokens)
-        _run(store, materials, workers, device, overrides, as_worker=as_worker, profile=profile)
+        run_study(
+            store,
+            materials,
+            workers,
+            device,
+            overrides,
+            as_worker=as_worker,
+            profile=profile,
+            quiet=_OPTIONS["quiet"],
+        )
 
 
 @app.command()
@@ -160,7 +169,7 @@ def status(
     """Trials by state, front size, hypervolume, rate, time left."""
     from search.status import read_status
 
-    found = read_status(_open(name, storage))
+    found = read_status(open_study(name, storage))
     print(json.dumps(found.to_json(), indent=2) if as_json else found.text())
 
 
@@ -177,7 +186,7 @@ def front(
     from search.board import read_board
     from search.tables import front_table
 
-    board = read_board(_open(name, storage))
+    board = read_board(open_study(name, storage))
     if format is Format.json:
         print(json.dumps(board.to_json(), indent=2, allow_nan=False))
     elif format is Format.csv:
@@ -218,7 +227,7 @@ def export(
     if select is not None and everything:
         raise ConfigError("--select and --all: give one of them.")
     with interruptible():
-        store = _open(name, storage)
+        store = open_study(name, storage)
         board = read_board(store)
         rows = list(board.front) if everything else [pick(board, select or "knee")]
         for folder in export_rows(
@@ -284,8 +293,8 @@ def calibrate(
                 f"{folder}  temperature {fitted.temperature:.4g}  ({fitted.method}, {fitted.questions} questions)"
             )
             return
-        name = _study_name(target)
-        table = calibrate_board(_url(storage, name), name, method, select, overrides, device)
+        name = study_name(target)
+        table = calibrate_board(storage_url(storage, name), name, method, select, overrides, device)
     print(table.markdown() if markdown else table.text())
     print(f"\n{table.caption}")
 
@@ -299,7 +308,7 @@ def report(
     """Plots and one self-contained HTML page."""
     from search.report import write_report
 
-    for path in write_report(_open(name, storage), out):
+    for path in write_report(open_study(name, storage), out):
         print(path)
 
 
@@ -341,7 +350,7 @@ def compare(
     with interruptible():
         table = run_comparison(
             config,
-            _url(storage, config.name),
+            storage_url(storage, config.name),
             out or Path("runs") / config.name / "compare",
             engines=engines,
             budget=budget,
@@ -387,74 +396,6 @@ def _fail(message: str, code: int) -> None:
 def _printable(message: str) -> str:
     """One line without control characters: names of models and files are not ours."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split(" ")))
-
-
-def _study_name(name: str) -> str:
-    """`NAME` is a study's name or its study file."""
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
-        from search.config import load_study_file
-
-        return load_study_file(Path(name)).name
-    return name
-
-
-def _url(storage: str | None, name: str) -> str:
-    given = storage or os.environ.get("MERGEFRONT_STORAGE") or os.environ.get("OPTUNA_STORAGE")
-    return given or f"sqlite:///{Path('runs') / name / 'study.db'}"
-
-
-def _open(name: str, storage: str | None) -> Any:
-    from search.opening import stored_config
-    from search.storage import StudyStore
-
-    store = StudyStore.open(_url(storage, _study_name(name)), _study_name(name))
-    stored_config(store)  # a study whose launch was cut off before its first trial says so
-    return store
-
-
-def _run(
-    store: Any,
-    materials: Any,
-    workers: int,
-    device: str,
-    overrides: list[str] | None = None,
-    *,
-    as_worker: bool = False,
-    profile: bool = False,
-) -> None:
-    from search.board import read_board
-    from search.console import stderr_console
-    from search.database import shown, sqlite_path
-    from search.profile import read_profile
-    from search.progress import ProgressPrinter
-    from search.study import run
-    from search.tables import front_table
-    from search.workers import helpers, use_threads
-
-    use_threads(workers)
-    printer = ProgressPrinter(store, materials, stderr_console(), quiet=_OPTIONS["quiet"] or as_worker)
-    with helpers(workers - 1, store, device, overrides or []), _closing(printer):
-        run(store, materials, printer, report=not as_worker)
-    if profile and (found := read_profile(store.trials())) is not None:
-        print(found.text(), file=sys.stderr)
-    if not as_worker and not _OPTIONS["quiet"]:
-        print(front_table(read_board(store)))
-        local = sqlite_path(store.url) is not None
-        url = store.url if local else shown(store.url)  # a password is not printed
-        where = "" if store.url == _url(None, store.name) else f" --storage {url}"
-        print(
-            f"next: mergefront report {store.name}{where} --out runs/{store.name}/report\n"
-            f"      mergefront export {store.name}{where} --select knee --weights --out runs/{store.name}/export",
-            file=sys.stderr,
-        )
-
-
-@contextmanager
-def _closing(printer: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        printer.close()
 
 
 if __name__ == "__main__":
