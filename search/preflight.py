@@ -55,7 +55,7 @@ def describe(materials: Materials, url: str) -> list[str]:
         )
     if (fidelity := config.fidelity) is not None:
         lines.append(
-            f"fidelity    {fidelity.questions} questions first, accuracy by {fidelity.estimator}; in full where the "
+            f"fidelity    {fidelity.questions} questions first, estimates by {fidelity.estimator}; in full where the "
             "front is in reach"
         )
     lines += _power(materials, url)

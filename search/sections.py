@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from objectives.estimators.methods import get_estimator
 from search.errors import ConfigError
 
+PREDICTED = "answers"  # of fidelity.estimator: a model of answers instead of one of items
+
 
 class Section(BaseModel):
     """Unknown keys and implicit conversions are errors; a section never changes."""
@@ -137,8 +139,9 @@ class RacingConfig(Section):
 class FidelityConfig(Section):
     """Search candidates are scored on a fixed subset first, and in full where the estimates promise the front.
 
-    `dimensions` are the item response model's, 2 if not given; `mean` and `weighted` have none. `seed` draws the
-    subset.
+    `estimator` is one of `objectives.estimators`, or `answers`: all objectives from predicted answers.
+    `dimensions` are the item response model's, 2 if not given; `mean`, `weighted` and `answers` have none.
+    `seed` draws the subset.
     """
 
     estimator: str = "gmp-irt"
@@ -148,6 +151,10 @@ class FidelityConfig(Section):
 
     @model_validator(mode="after")
     def _known_estimator(self) -> FidelityConfig:
+        if self.estimator == PREDICTED:
+            if self.dimensions is not None:
+                raise ValueError(f"dimensions: do not go with {self.estimator}; remove it")
+            return self
         try:
             estimator = get_estimator(self.estimator)
         except ConfigError as error:

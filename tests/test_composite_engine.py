@@ -11,10 +11,10 @@ import pytest
 from objectives.evaluator import Evaluation
 from objectives.metrics import get_metric
 from objectives.outcomes import Outcomes
+from search.answers import AnswersModel
 from search.front import hypervolume
 from search.sampler_config import SamplerConfig
 from search.samplers import make_engine
-from search.samplers.answers_model import AnswersModel
 from search.samplers.engine import sobol_point
 from search.samplers.line_engine import LineEngine
 from search.storage import TrialRecord

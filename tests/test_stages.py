@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from objectives.evaluator import Evaluation, Evaluator
-from objectives.metrics import METRIC_NAMES, get_metric
+from objectives.metrics import METRIC_NAMES, Metric, get_metric
+from objectives.outcomes import Outcomes
 from search.budget import set_budget, set_tokens
-from search.config import load_study_file
+from search.config import FidelityConfig, load_study_file
 from search.errors import ConfigError, EvaluationError
 from search.evidence import EvidenceFolder
 from search.fidelity.estimating import Estimating
+from search.fidelity.predicting import Predicting
 from search.fidelity.stages import Answers, as_learnt
 from search.materials import Materials
 from search.observer import Observer
 from search.opening import create
 from search.samplers import Proposal
+from search.space import UNIFORM_LINE
 from search.status import read_status
 from search.storage import StudyStore, TrialRecord
 from search.study import BASELINES, run
@@ -189,7 +193,7 @@ def test_a_run_says_that_it_stops_a_trial(tmp_path: Path, cli: Cli) -> None:
     study = write_staged(tmp_path / "study", **FIDELITY, trials=6)
     code, out, _ = cli("check", study)
     assert code == 0
-    assert "fidelity    8 questions first, accuracy by gmp-irt" in out
+    assert "fidelity    8 questions first, estimates by gmp-irt" in out
     code, _, err = cli("launch", study)
     assert code == 0
     assert "stopped early: estimated by gmp-irt from 8 of 28 questions" in " ".join(err.split())
@@ -302,7 +306,7 @@ def test_engines_go_on_over_stopped_trials(tmp_path: Path, sampler: dict[str, An
     assert {t.state for t in trials} == {"complete", "stopped"}
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "answers"])
 def test_every_estimator_runs_a_study(tmp_path: Path, estimator: str) -> None:
     objectives = ["accuracy", "ece:5", "brier", "nll@made-up"]
     store, materials = opened(
@@ -397,3 +401,67 @@ def test_all_questions_make_the_estimate_the_mean(tmp_path: Path, evaluator: Eva
         answered = answers(store.trials()[-1]) if store.trials()[-1].values else answers(baselines[3])
         found = rule._estimate(answered, items, baselines)
         assert found == pytest.approx([metric.value(answered) for metric in metrics])
+
+
+# -- predicted answers ----------------------------------------------------------------------------------------------
+
+
+def bent(coefficients: Sequence[float]) -> Outcomes:
+    """Answers to 300 questions that follow the coefficients smoothly: the first one knows, the second one sharpens."""
+    knows, sharpens, *_ = coefficients
+    draw = np.random.default_rng(0)
+    gold, noise = draw.integers(0, 4, 300), draw.normal(size=(300, 4))
+    score = np.exp(sharpens) * (noise + (1.5 - 2.0 * (knows - 0.8) ** 2) * np.eye(4)[gold])
+    zero = np.zeros(300, dtype=np.int64)
+    return Outcomes.from_loglikelihoods(score, zero + 4, gold, zero)
+
+
+def scored_at(number: int, coefficients: Sequence[float], metrics: Sequence[Metric]) -> TrialRecord:
+    values = tuple(metric.value(bent(coefficients)) for metric in metrics)
+    kind = {0: "pre", 10: "post"}.get(number, "uniform" if number < FIRST else "search")
+    named = {"a": float(coefficients[0]), "b": float(coefficients[1])}
+    return TrialRecord(
+        number, kind, "complete", named, values, {"recipe": str(number), "evidence": str(number)}, {}, None
+    )
+
+
+def predicting(questions: int) -> tuple[Predicting, list[TrialRecord], list[Metric]]:
+    metrics = [get_metric("accuracy"), get_metric("ece")]
+    draw = np.random.default_rng(1)
+    places = [*([c, c] for c in UNIFORM_LINE), *draw.random((16, 2)).tolist()]
+    records = [scored_at(number, place, metrics) for number, place in enumerate(places)]
+    config = FidelityConfig(estimator="answers", questions=questions)
+    answers = lambda record: bent(list(record.coefficients.values()))  # noqa: E731
+    return Predicting(config, metrics, bent([0, 0]).task, answers, (0.0, 1.0)), records, metrics  # type: ignore[arg-type]
+
+
+def test_predicted_answers_tell_who_is_dominated() -> None:
+    """Only who lies within the error of prediction of the front may be judged wrongly."""
+    rule, records, metrics = predicting(20)
+    stopped = 0
+    for number, place in enumerate(np.random.default_rng(2).random((40, 2)).tolist(), start=len(records)):
+        one = scored_at(number, place, metrics)
+        verdict = rule.judge(one, records)(bent(place).select(rule.parts[0]), rule.parts[0])
+        assert one.values is not None
+        if verdict is None:
+            continue
+        stopped += 1
+        assert np.abs(np.array(verdict.estimate) - one.values).max() < 0.03
+        better = [r for r in records if r.values and r.values[0] >= one.values[0] - 0.03]
+        assert any(r.values[1] <= one.values[1] + 0.03 for r in better if r.values)
+    assert stopped > 10
+
+
+def test_with_every_question_asked_nothing_is_predicted() -> None:
+    rule, records, metrics = predicting(300)
+    dominated = scored_at(99, [0.0, 1.0], metrics)
+    verdict = rule.judge(dominated, records)(bent([0.0, 1.0]), rule.parts[0])
+    assert verdict is not None
+    assert verdict.estimate == pytest.approx(dominated.values)
+
+
+def test_everybody_is_promoted_while_the_bank_is_small() -> None:
+    rule, records, metrics = predicting(20)
+    dominated = scored_at(99, [0.0, 1.0], metrics)
+    for few in (records[:FIRST], records[: FIRST + 7]):  # a bank grows by eight
+        assert rule.judge(dominated, few)(bent([0.0, 1.0]).select(rule.parts[0]), rule.parts[0]) is None

@@ -1,8 +1,10 @@
 """How the entrants of a comparison stand, from storage and evidence alone.
 
-A front is chosen on the search split and judged on the report split. Its hypervolume is taken over the corner of the
-parents' worst values on the search split, as everywhere. Intervals are 95 % basic bootstrap intervals over questions,
-the same resamples for everybody, and over seeds.
+A front is chosen on the search split and judged on the report split. A hypervolume is taken over the corner of the
+parents' worst values on the same questions: on those of its split, and on every resample of them. What makes all
+models look better or worse at once moves the corner, too, and cancels. (`front` keeps to one corner for both splits,
+the search split's, so its hypervolumes on the report split are others.) Intervals are 95 % basic bootstrap intervals
+over questions, the same resamples for everybody, and over seeds; those of ratios are taken of their logarithms.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class Standing:
     Attributes:
         report: hypervolume on the report split. at: its mean at each checkpoint.
         over_line: times that of the uniform line at the same budget. over_temperature: how many times the hypervolume
-            of `post` + temperature is that of both together; None where that has none.
+            of `post` + temperature is that of both together. None where there is no hypervolume, or none on a resample.
         spread: smallest and largest `report` of the seeds.
     """
 
@@ -128,6 +130,7 @@ class Standings:
     Attributes:
         standings: best hypervolume on the report split first. outcomes: one an entry.
         checkpoints: scored tokens. evaluation: tokens of one evaluation of the search split.
+        reference: the corner of the parents' worst values on the report split.
     """
 
     study: str
@@ -207,11 +210,16 @@ class _Judge:
         self._maximize = tuple(maximize for _, maximize in self.objectives)
         self._computer = CellComputer(EvidenceFolder(first.url, first.name))
         done = _complete(first)
-        parents = np.array([record.values for record in done if record.kind in ("pre", "post")])
-        self._corner = worst_corner(parents, maximise=self._maximize)
-        self.reference = dict(zip((name for name, _ in self.objectives), self._corner.tolist(), strict=True))
         self.evaluation = done[0].tokens
         scores = Scores(first)
+        parents = [record for record in done if record.kind in ("pre", "post")]
+        self._corner = worst_corner(np.array([r.values for r in parents]), maximise=self._maximize)
+        rows = [self._row(scores, record.number) for record in parents]
+        self._report_corner = worst_corner(np.array([value for value, _ in rows]), maximise=self._maximize)
+        drawn = np.stack([samples for _, samples in rows])
+        self._drawn_corners = np.where(self._maximize, drawn.min(axis=0), drawn.max(axis=0))
+        names = [name for name, _ in self.objectives]
+        self.reference = dict(zip(names, self._report_corner.tolist(), strict=True))
         baselines = [record.number for record in done if record.kind != "search"]
         line = self._volume([self._row(scores, number) for number in baselines])
         self.rivals: tuple[Rival, ...] = (
@@ -268,11 +276,13 @@ class _Judge:
         return np.array([cells[n].value for n in names]), np.stack([samples[n] for n in names], axis=-1)
 
     def _volume(self, rows: Sequence[tuple[Floats, Floats]]) -> Volume:
-        values = np.array([value for value, _ in rows])
-        stacked = np.stack([samples for _, samples in rows], axis=1)
+        """Of a front's rows on the report split; a shift of points and corner together changes no volume."""
+        values = np.array([value for value, _ in rows]) - self._report_corner
+        stacked = np.stack([samples for _, samples in rows], axis=1) - self._drawn_corners[:, None]
+        origin = np.zeros(len(self.objectives))
         return Volume(
-            hypervolume(values, self._corner, maximise=self._maximize),
-            hypervolume_batch(stacked, self._corner, maximise=self._maximize),
+            hypervolume(values, origin, maximise=self._maximize),
+            hypervolume_batch(stacked, origin, maximise=self._maximize),
         )
 
     def _optimism(self, done: Sequence[TrialRecord], front: set[int], scores: Scores) -> dict[str, float]:
@@ -297,11 +307,13 @@ def _standing(outcomes: Sequence[Outcome], line: Outcome, temperature: Volume) -
         """Mean over seeds, or the ratio of that mean to a base."""
         value = float(np.mean([one.value for one in volumes]))
         samples = np.stack([one.samples for one in volumes], axis=1)[rows, chosen].mean(axis=1)
-        if base is not None:
-            if base.value == 0.0 or not (base.samples > 0.0).all():
-                return None
-            value, samples = value / base.value, samples / base.samples
-        return _cell(value, samples)
+        if base is None:
+            return _cell(value, samples)
+        if min(base.value, base.samples.min(), value, samples.min()) <= 0.0:
+            return None
+        logarithm = np.log(value / base.value)
+        low, high = interval(np.log(samples / base.samples), value=float(logarithm))
+        return cell_around(float(np.exp(logarithm)), (float(np.exp(low)), float(np.exp(high))))
 
     last = [one.report[-1] for one in outcomes]
     report = over_seeds(last)

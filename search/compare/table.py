@@ -24,14 +24,14 @@ def comparison_table(found: Standings) -> str:
         *_markdown(_rivals(found)),
         "",
         f"HV: hypervolume x 1000 of the front, chosen on the {found.questions['search']:,} questions of the search "
-        "split, over the corner of",
-        f"the parents' worst values; on the {found.questions['report']:,} questions of the report split unless it says "
-        "search. [ ]: 95 % bootstrap",
+        "split, over the corner",
+        f"of the parents' worst values; on the {found.questions['report']:,} questions of the report split unless it "
+        "says search. [ ]: 95 % bootstrap",
         "intervals over questions and seeds. Times the line: over the uniform line at the same budget. Times a "
-        "temperature: of the front",
-        "with post + temperature, over post + temperature alone. Curse: how much better the front looked on the "
-        "search split than on the",
-        "report split, beyond what parents and uniform line did.",
+        "temperature: of the",
+        "front with post + temperature, over post + temperature alone. Curse: how much better the front looked on the "
+        "search split",
+        "than on the report split, beyond what parents and uniform line did.",
     ]
     return "\n".join(lines)
 

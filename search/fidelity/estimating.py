@@ -50,26 +50,20 @@ class Estimating:
         """Promotes everybody while the bank is too small for the estimator."""
         bank = bank_of(complete)
         items = self._items(bank)
-        values = np.array([record.values for record in complete])
-        maximize = [metric.maximize for metric in self._metrics]
 
         def judged(seen: Outcomes, places: Integers) -> Verdict | None:
             if items is None:
                 return None
             estimate = self._estimate(seen, items, bank)
-            sign = np.where(maximize, 1.0, -1.0)
-            gap = sign * values - sign * estimate
-            over = np.flatnonzero((gap >= 0.0).all(axis=1) & (gap > 0.0).any(axis=1))
-            on_front = non_dominated(values, maximise=maximize)
-            over = over[on_front[over]]
-            if not over.size:
+            over = dominating(estimate, complete, self._metrics)
+            if over is None:
                 return None
             shown = ", ".join(
                 f"{metric.name} {value:.4g}" for metric, value in zip(self._metrics, estimate, strict=True)
             )
             reason = (
                 f"estimated by {self._estimator.name} from {len(places)} of {len(items)} questions ({shown}) it is "
-                f"dominated by trial {complete[over[0]].number}"
+                f"dominated by trial {over.number}"
             )
             return Verdict(tuple(float(value) for value in estimate), reason)
 
@@ -111,6 +105,17 @@ class Estimating:
             more = [metric.value(outcomes) - metric.value(part) for metric in self._metrics]
             self._known[key] = outcomes.correct, more
         return self._known[key]
+
+
+def dominating(
+    estimate: Sequence[float], complete: Sequence[TrialRecord], metrics: Sequence[Metric]
+) -> TrialRecord | None:
+    """The first trial of the front of the complete ones that dominates these values; None if none does."""
+    maximize = [metric.maximize for metric in metrics]
+    values = np.array([record.values for record in complete])
+    gap = np.where(maximize, 1.0, -1.0) * (values - np.asarray(estimate))
+    over = (gap >= 0.0).all(axis=1) & (gap > 0.0).any(axis=1) & non_dominated(values, maximise=maximize)
+    return complete[int(over.argmax())] if over.any() else None
 
 
 def bank_of(complete: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -21,6 +21,7 @@ from objectives.evaluator import Evaluation, Evaluator, questions_digest
 from objectives.metrics import Metric
 from objectives.outcomes import Integers, Outcomes
 from search.evidence import EvidenceFolder
+from search.sections import PREDICTED
 from search.trials import TrialRecord
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def make_rule(materials: Materials, evidence: EvidenceFolder) -> Rule | None:
     if config.racing is None and config.fidelity is None:
         return None
     from search.fidelity.estimating import Estimating
+    from search.fidelity.predicting import Predicting
     from search.fidelity.racing import Racing
 
     metrics = [metric for metric in materials.metrics if isinstance(metric, Metric)]
@@ -148,6 +150,9 @@ def make_rule(materials: Materials, evidence: EvidenceFolder) -> Rule | None:
     if config.racing is not None:
         return Racing(config.racing, metrics, task, Answers(evidence))
     assert config.fidelity is not None, "one of the two is there"
+    if config.fidelity.estimator == PREDICTED:
+        bounds = (materials.space.low, materials.space.high)
+        return Predicting(config.fidelity, metrics, task, Answers(evidence), bounds)
     return Estimating(config.fidelity, metrics, task, Answers(evidence))
 
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from objectives.evaluator import Evaluation
 from objectives.metrics import Metric
 from objectives.outcomes import Outcomes
+from search.answers import AnswersModel, predicted_outcomes, relative_scores
 from search.front import hypervolume_batch, non_dominated, worst_corner
 from search.sampler_config import SamplerConfig
-from search.samplers.answers_model import AnswersModel
 from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
 from search.storage import TrialRecord
 
@@ -52,7 +52,7 @@ class CompositeEngine(Engine):
         self._maximize = tuple(metric.maximize for metric in metrics)
         self._startup = min(16, max(4, len(groups))) if config.startup is None else config.startup
         self._answers = answers
-        self._scores: dict[int, Floats] = {}  # trial -> (n * k,), centred in each question
+        self._scores: dict[int, Floats] = {}  # trial -> (n * k,)
         self._questions: Outcomes | None = None
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
@@ -125,26 +125,18 @@ class CompositeEngine(Engine):
 
     def _objectives(self, model: AnswersModel, x: Floats) -> Floats:
         """`(c, objectives)` of recipes `(c, d)`, computed from their predicted scores."""
-        questions = self._questions
-        assert questions is not None, "known trials come first"
-        n, k = questions.probability.shape
-        padding = np.arange(k) >= questions.options[:, None]
+        assert self._questions is not None, "known trials come first"
         found = np.empty((len(x), len(self._metrics)))
         for i, row in enumerate(model.predict(x)):
-            score = np.where(padding, -np.inf, row.reshape(n, k))
-            outcomes = Outcomes.from_loglikelihoods(score, questions.options, questions.gold, questions.task)
+            outcomes = predicted_outcomes(row, like=self._questions)
             found[i] = [metric.value(outcomes) for metric in self._metrics]
         return found
 
     def _scores_of(self, record: TrialRecord) -> Floats:
-        """Scores relative to their mean over a question's options: what all options share changes no probability."""
         if record.number not in self._scores:
-            evaluation = self._answers(record)
-            score = evaluation.loglikelihood.astype(np.float64) / evaluation.divisor
-            there = np.arange(score.shape[1]) < evaluation.outcomes.options[:, None]
-            mean = np.where(there, score, 0.0).sum(axis=1) / evaluation.outcomes.options
-            self._scores[record.number] = np.where(there, score - mean[:, None], 0.0).ravel()
-            self._questions = self._questions or evaluation.outcomes
+            outcomes = self._answers(record).outcomes
+            self._scores[record.number] = relative_scores(outcomes)
+            self._questions = self._questions or outcomes
         return self._scores[record.number]
 
     def _unit(self, records: Sequence[TrialRecord]) -> Floats:

@@ -30,9 +30,11 @@ from objectives.outcomes import Floats, Outcomes
 from search.config import FidelityConfig, RacingConfig
 from search.evidence import EvidenceFolder
 from search.fidelity.estimating import Estimating
+from search.fidelity.predicting import Predicting
 from search.fidelity.racing import Racing
 from search.fidelity.stages import Rule
 from search.front import hypervolume, hypervolume_batch, non_dominated, worst_corner
+from search.opening import stored_config
 from search.storage import StudyStore, TrialRecord
 
 SEEDS = 10
@@ -53,6 +55,8 @@ class Answered:
             record.number: folder.load(str(record.attributes["evidence"])).outcomes for record in self.records
         }
         tasks = store.attribute("facts")["tasks"]
+        space = stored_config(store).space
+        self.bounds = space.low, space.high
         names = objectives or [one for one, _ in store.attribute("objectives")]
         self.metrics: list[Metric] = [get_metric(one, tasks) for one in names]
         self.records = [
@@ -158,11 +162,19 @@ def main() -> None:
     for size in (study.task.size // 20, study.task.size // 5) if arguments.rule != "racing" else ():
         for name in ("mean", "p-irt", "gmp-irt"):
             config = FidelityConfig(estimator=name, questions=size)
-            guesses = [
+            guesses: list[Rule] = [
                 Estimating(config.model_copy(update={"seed": seed}), study.metrics, study.task, study)
                 for seed in seeds
             ]
             print(row(study, f"fidelity, {name}, {size} questions", guesses), flush=True)
+        config = FidelityConfig(estimator="answers", questions=size)
+        guesses = [
+            Predicting(
+                config.model_copy(update={"seed": seed}), study.metrics, study.task, study, study.bounds
+            )
+            for seed in seeds
+        ]
+        print(row(study, f"fidelity, answers, {size} questions", guesses), flush=True)
     for error, looks in ((0.05, 5), (0.2, 5), (0.2, 10)) if arguments.rule != "fidelity" else ():
         races = [
             Racing(RacingConfig(error=error, looks=looks, seed=seed), study.metrics, study.task, study)

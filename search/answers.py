@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from objectives.outcomes import Outcomes
+
 Floats = NDArray[np.float64]
 
 _MAX_ITERATIONS = 60
 _LENGTHS = (0.05, 500.0)  # of the unit box
 _NOISES = (1e-6, 1e-1)  # relative to the scores' variance
 _FIRST_NOISE = 1e-3
+_LEAST = 1e-30  # of a probability: what lies below tells nothing more
 
 
 class AnswersModel:
@@ -101,3 +104,22 @@ def _kernel(a: torch.Tensor, b: torch.Tensor, log: torch.Tensor) -> torch.Tensor
 
 def _covariance(x: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
     return _kernel(x, x, log) + log[-1].exp() * torch.eye(len(x), dtype=x.dtype)
+
+
+def relative_scores(outcomes: Outcomes) -> Floats:
+    """`(n * k,)`: log-probabilities relative to their mean over a question's options, 0 after the last option.
+
+    What all options of a question share changes no probability, and would be most of what there is to model.
+    """
+    there = np.arange(outcomes.probability.shape[1]) < outcomes.options[:, None]
+    score = np.where(there, np.log(np.maximum(outcomes.probability, _LEAST)), 0.0)
+    mean = score.sum(axis=1) / outcomes.options
+    return np.asarray(np.where(there, score - mean[:, None], 0.0).ravel())
+
+
+def predicted_outcomes(scores: NDArray[np.float32], like: Outcomes) -> Outcomes:
+    """The answers of a row `(n * k,)` of `AnswersModel.predict`, to the questions of `like`."""
+    n, k = like.probability.shape
+    padding = np.arange(k) >= like.options[:, None]
+    score = np.where(padding, -np.inf, scores.reshape(n, k))
+    return Outcomes.from_loglikelihoods(score, like.options, like.gold, like.task)
