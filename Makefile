@@ -12,8 +12,8 @@ help:
 	@echo "make test        lint, types and the fast tests"
 	@echo "make test-all    the slow tests, too"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
-	@echo "make compare     engines at equal scored tokens on the quickstart's pair (about 20 minutes on two cores)"
-	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on that pair (about 40 minutes)"
+	@echo "make compare     engines at equal scored tokens on the quickstart's pair (at most 30 minutes on two cores)"
+	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on the 135M pair (about 40 minutes)"
 
 install: $(VENV)/.product
 
@@ -45,7 +45,7 @@ quickstart: $(VENV)/.product
 compare: $(VENV)/.product
 	$(BIN)/python studies/quickstart/prepare.py
 	$(BIN)/mergefront compare studies/quickstart/study.yaml --budget 60x --seeds 5 --workers 2 \
-		--engines composite,gp,tpe,pymoo:nsga2,gradient --out runs/quickstart/compare
+		--engines composite,gp,tpe,pymoo:nsga2,gradient:batch=250:rate=0.2 --out runs/quickstart/compare
 
 smollm2: $(VENV)/.prepare
 	$(BIN)/python studies/smollm2-135m/prepare.py
