@@ -55,17 +55,8 @@ class Estimating:
             if items is None:
                 return None
             estimate = self._estimate(seen, items, bank)
-            over = dominating(estimate, complete, self._metrics)
-            if over is None:
-                return None
-            shown = ", ".join(
-                f"{metric.name} {value:.4g}" for metric, value in zip(self._metrics, estimate, strict=True)
-            )
-            reason = (
-                f"estimated by {self._estimator.name} from {len(places)} of {len(items)} questions ({shown}) it is "
-                f"dominated by trial {over.number}"
-            )
-            return Verdict(tuple(float(value) for value in estimate), reason)
+            how = f"estimated by {self._estimator.name} from {len(places)} of {len(items)} questions"
+            return verdict_on(estimate, complete, self._metrics, how)
 
         return judged
 
@@ -107,15 +98,19 @@ class Estimating:
         return self._known[key]
 
 
-def dominating(
-    estimate: Sequence[float], complete: Sequence[TrialRecord], metrics: Sequence[Metric]
-) -> TrialRecord | None:
-    """The first trial of the front of the complete ones that dominates these values; None if none does."""
+def verdict_on(
+    estimate: Sequence[float], complete: Sequence[TrialRecord], metrics: Sequence[Metric], how: str
+) -> Verdict | None:
+    """That a candidate is stopped, if the front of the complete trials dominates its estimates; `how` they were made."""
     maximize = [metric.maximize for metric in metrics]
     values = np.array([record.values for record in complete])
     gap = np.where(maximize, 1.0, -1.0) * (values - np.asarray(estimate))
     over = (gap >= 0.0).all(axis=1) & (gap > 0.0).any(axis=1) & non_dominated(values, maximise=maximize)
-    return complete[int(over.argmax())] if over.any() else None
+    if not over.any():
+        return None
+    shown = ", ".join(f"{metric.name} {value:.4g}" for metric, value in zip(metrics, estimate, strict=True))
+    reason = f"{how} ({shown}) it is dominated by trial {complete[int(over.argmax())].number}"
+    return Verdict(tuple(map(float, estimate)), reason)
 
 
 def bank_of(complete: Sequence[TrialRecord]) -> list[TrialRecord]:

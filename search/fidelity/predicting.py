@@ -17,7 +17,7 @@ from objectives.metrics import Metric
 from objectives.outcomes import Floats, Integers, Outcomes
 from search.answers import AnswersModel, predicted_outcomes, relative_scores
 from search.config import FidelityConfig
-from search.fidelity.estimating import bank_of, dominating
+from search.fidelity.estimating import bank_of, verdict_on
 from search.fidelity.stages import Answers, Judge, Verdict
 from search.trials import TrialRecord
 
@@ -59,17 +59,8 @@ class Predicting:
             probability[places] = seen.probability
             filled = Outcomes(probability, guess.options, guess.gold, guess.task)
             estimate = [metric.value(filled) for metric in self._metrics]
-            over = dominating(estimate, complete, self._metrics)
-            if over is None:
-                return None
-            shown = ", ".join(
-                f"{metric.name} {value:.4g}" for metric, value in zip(self._metrics, estimate, strict=True)
-            )
-            reason = (
-                f"with {len(places)} of {len(guess)} questions asked and the others predicted ({shown}) it is "
-                f"dominated by trial {over.number}"
-            )
-            return Verdict(tuple(map(float, estimate)), reason)
+            how = f"with {len(places)} of {len(guess)} questions asked and the others predicted"
+            return verdict_on(estimate, complete, self._metrics, how)
 
         return judged
 
