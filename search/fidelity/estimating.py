@@ -101,7 +101,7 @@ class Estimating:
 def verdict_on(
     estimate: Sequence[float], complete: Sequence[TrialRecord], metrics: Sequence[Metric], how: str
 ) -> Verdict | None:
-    """That a candidate is stopped, if the front of the complete trials dominates its estimates; `how` they were made."""
+    """That a candidate is stopped, if the front dominates its estimates; `how` says how they were made."""
     maximize = [metric.maximize for metric in metrics]
     values = np.array([record.values for record in complete])
     gap = np.where(maximize, 1.0, -1.0) * (values - np.asarray(estimate))
