@@ -15,6 +15,7 @@ from search.answers import AnswersModel
 from search.front import hypervolume
 from search.sampler_config import SamplerConfig
 from search.samplers import make_engine
+from search.samplers.composite_engine import CompositeEngine
 from search.samplers.engine import sobol_point
 from search.samplers.line_engine import LineEngine
 from search.storage import TrialRecord
@@ -94,6 +95,20 @@ def test_it_finds_more_than_a_random_search() -> None:
     composite = [searched("composite", "gp", seed) for seed in range(3)]
     random = [searched("optuna", "random", seed) for seed in range(3)]
     assert min(composite) > max(random)
+
+
+def test_of_very_many_trials_baselines_front_and_newest_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.samplers.composite_engine.MAX_KNOWN", 20)
+    one = make_engine(SamplerConfig(engine="composite", name="gp"), GROUPS, BOUNDS, sources())
+    assert isinstance(one, CompositeEngine)
+    history = [
+        TrialRecord(n, "uniform" if n < FIRST else "search", "complete", {}, (0.0, 1.0), known(n), {}, None)
+        for n in range(60)
+    ]
+    history[FIRST + 1] = replace(history[FIRST + 1], values=(1.0, 0.0))
+    numbers = [record.number for record in one._known(history)]
+    assert numbers == [*range(FIRST), FIRST + 1, *range(52, 60)]
+    assert one._known(history[:20]) == history[:20]
 
 
 def test_it_begins_with_a_space_filling_design() -> None:

@@ -86,12 +86,9 @@ class CompositeEngine(Engine):
         if len(known) <= MAX_KNOWN:
             return known
         on_front = non_dominated(np.array([record.values for record in known]), maximise=self._maximize)
-        first = [
-            record for record, front in zip(known, on_front, strict=True) if front or record.kind != "search"
-        ]
-        rest = [record for record in known if record not in first]
-        chosen = [*first, *rest[::-1]][:MAX_KNOWN]
-        return sorted(chosen, key=lambda record: record.number)
+        kept = on_front | np.array([record.kind != "search" for record in known])
+        newest_first = np.concatenate([np.flatnonzero(kept), np.flatnonzero(~kept)[::-1]])
+        return [known[i] for i in np.sort(newest_first[:MAX_KNOWN])]
 
     def _searched(self, model: AnswersModel, start: Floats, seed: int) -> tuple[Floats, Floats]:
         """The last population of NSGA-II on the model: `(p, d)` recipes and their `(p, objectives)` predictions."""
