@@ -42,3 +42,17 @@ def within_tokens(records: Sequence[TrialRecord], tokens: int) -> list[TrialReco
         for record, total in zip(records, spent, strict=True)
         if total <= tokens and record.state == "complete"
     ]
+
+
+def expected_trials(records: Sequence[TrialRecord], trials: int, tokens: int | None) -> int:
+    """How many of `trials` a study will have, baselines included, if those to come take the tokens of the first.
+
+    Args:
+        tokens: scored tokens that it may take; None for any number.
+    """
+    first = next((record.tokens for record in records if record.state == "complete" and record.tokens), 0)
+    if tokens is None or not first:
+        return trials
+    there = sum(record.state in ("complete", "stopped") for record in records)
+    left = tokens - sum(record.tokens for record in records)
+    return min(trials, there + max(left, 0) // first)

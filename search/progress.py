@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from search.budget import expected_trials
 from search.database import shown
 from search.front import hypervolume, non_dominated, worst_corner
 from search.materials import Materials
@@ -38,7 +39,8 @@ class ProgressPrinter(Observer):
         self._values: dict[int, tuple[float, ...]] = {}
         self._stopped = 0
         self._parents: dict[str, tuple[float, ...]] = {}
-        self._total = 0
+        self._most = self._total = 0
+        self._tokens: int | None = None
         self._before = 0
         self._began = self._trial_began = time.monotonic()
         self._bar: Progress | None = None
@@ -48,8 +50,9 @@ class ProgressPrinter(Observer):
     # -- Observer -----------------------------------------------------------------------------------------------
 
     def started(self, trials: Sequence[TrialRecord], total: int) -> None:
+        self._most, self._tokens = total, self._store.attribute("tokens")
         self._look(trials)
-        self._total, self._before = total, self._tried
+        self._before = self._tried
         self._began = time.monotonic()
         self._volume = self._hypervolume()
         if self._quiet:
@@ -65,7 +68,7 @@ class ProgressPrinter(Observer):
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self._summary(), total=total, completed=self._tried)
+            self._task = self._bar.add_task(self._summary(), total=self._total, completed=self._tried)
 
     def step(self, step: Step, trial: TrialRecord) -> None:
         if step == "asked":
@@ -135,7 +138,16 @@ class ProgressPrinter(Observer):
         shown_elsewhere = self._quiet or self._bar is not None
         logger.log(logging.DEBUG if shown_elsewhere else logging.INFO, line)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._tried, description=self._summary(gained))
+            self._bar.update(
+                self._task, completed=self._tried, total=self._total, description=self._summary(gained)
+            )
+
+    def _to_go(self) -> str:
+        if self._tokens is None:
+            return f"{max(self._total - self._before, 0)} to go"
+        return f"at most {self._tokens:,} tokens" + (
+            f", {self._total - self._before} to go" if self._before else ""
+        )
 
     def _start_block(self, trials: Sequence[TrialRecord]) -> list[Text]:
         config, facts = self._config, self._store.attribute("facts")
@@ -151,7 +163,7 @@ class ProgressPrinter(Observer):
             f"{config.merge.method}  {sampler.title} seed {sampler.seed}",
             f"parents    {config.parents.pre}  +  {config.parents.post}  {_count(facts['parameters'])} parameters",
             f"questions  {split['search']} search, {split['report']} report  ({', '.join(facts['tasks'])})",
-            f"storage    {shown(self._store.url)}  {state}, {max(self._total - self._before, 0)} to go",
+            f"storage    {shown(self._store.url)}  {state}, {self._to_go()}",
             *(f"note       {note}" for note in facts["notes"]),
         ]
         return [Text(line) for line in lines]
@@ -175,6 +187,7 @@ class ProgressPrinter(Observer):
         return text
 
     def _look(self, trials: Sequence[TrialRecord]) -> None:
+        self._total = expected_trials(trials, self._most, self._tokens)
         for record in trials:
             if record.state == "complete" and record.values is not None:
                 self._remember(record, record.values)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from search.budget import expected_trials
 from search.database import shown
 from search.front import hypervolume, worst_corner
 from search.storage import State, StudyStore, TrialRecord
@@ -106,7 +107,9 @@ def read_status(store: StudyStore) -> Status:
         study=store.name,
         storage=shown(store.url),
         trials={state: counts.get(state, 0) for state in STATES},
-        total=len(BASELINES) + int(store.attribute("trials")),
+        total=expected_trials(
+            records, len(BASELINES) + int(store.attribute("trials")), store.attribute("tokens")
+        ),
         front=len(front_of(done, maximize)),
         hypervolume=_volume(done, maximize),
         seconds_per_trial=float(np.median(seconds)) if seconds else None,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from objectives.evaluator import Evaluation
-from search.budget import set_budget, set_tokens
+from search.budget import expected_trials, set_budget, set_tokens
 from search.config import load_study_file
 from search.errors import DiskError, EvaluationError, TooManyFailuresError
 from search.evidence import EvidenceFolder
@@ -19,6 +19,7 @@ from search.materials import Materials
 from search.observer import Observer
 from search.opening import create
 from search.samplers import Proposal
+from search.status import read_status
 from search.storage import StudyStore, TrialRecord
 from search.study import BASELINES, front_of, run
 from tests.pico_study import write_study
@@ -193,6 +194,9 @@ def test_a_budget_of_tokens_is_never_exceeded(opened: tuple[StudyStore, Material
     set_tokens(store, (FIRST + 3) * full + full // 2)
     run(store, materials, report=False)
     assert [record.tokens for record in store.trials()] == [full] * (FIRST + 3)
+    assert read_status(store).total == FIRST + 3
+    assert expected_trials(store.trials()[:5], 100, (FIRST + 3) * full) == FIRST + 3
+    assert expected_trials([], 100, 5) == expected_trials(store.trials(), 100, None) == 100
     set_tokens(store, (FIRST + 20) * full)
     run(store, materials, report=False)
     assert len(store.trials()) == FIRST + 6, "its six trials end it first"
