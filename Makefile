@@ -12,7 +12,7 @@ help:
 	@echo "make test        lint, types and the fast tests"
 	@echo "make test-all    the slow tests, too"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
-	@echo "make compare     engines at equal scored tokens on the quickstart's pair (at most 30 minutes on two cores)"
+	@echo "make compare     engines at equal scored tokens on the quickstart's pair"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on the 135M pair (about 40 minutes)"
 
 install: $(VENV)/.product

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import kendalltau
@@ -26,6 +25,7 @@ from objectives.estimators.methods import ESTIMATORS
 from objectives.estimators.subset import choose_subset
 from objectives.outcomes import Booleans, Floats
 from search.evidence import EvidenceFolder
+from search.naming import storage_url
 from search.storage import StudyStore
 
 SIZES = (10, 20, 30, 50, 100)
@@ -172,7 +172,7 @@ def main() -> None:
             for line in table(partial(simulated, noise=noise, items=arguments.items)):
                 print(line)
         return
-    url = arguments.storage or f"sqlite:///{Path('runs') / arguments.name / 'study.db'}"
+    url = storage_url(arguments.storage, arguments.name)
     for line in table(stored(url, arguments.name)):
         print(line)
 

@@ -10,7 +10,6 @@ over the seeds of the order; the first row is what the mean of the fitted ones i
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from objectives.metrics import get_metric
 from objectives.outcomes import Floats
 from search.answers import AnswersModel, predicted_outcomes, relative_scores
 from search.evidence import EvidenceFolder
+from search.naming import storage_url
 from search.opening import stored_config
 from search.storage import StudyStore
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("name", help="of a finished study")
     parser.add_argument("--storage", help="default: sqlite:///runs/NAME/study.db")
     arguments = parser.parse_args()
-    url = arguments.storage or f"sqlite:///{Path('runs') / arguments.name / 'study.db'}"
+    url = storage_url(arguments.storage, arguments.name)
     store, folder = StudyStore.open(url, arguments.name), EvidenceFolder(url, arguments.name)
     space = stored_config(store).space
     tasks = store.attribute("facts")["tasks"]

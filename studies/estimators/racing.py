@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from search.fidelity.predicting import Predicting
 from search.fidelity.racing import Racing
 from search.fidelity.stages import Rule
 from search.front import hypervolume, hypervolume_batch, non_dominated, worst_corner
+from search.naming import storage_url
 from search.opening import stored_config
 from search.storage import StudyStore, TrialRecord
 
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=(), help="default: the study's own")
     parser.add_argument("--rule", choices=("racing", "fidelity"), help="default: both")
     arguments = parser.parse_args()
-    url = arguments.storage or f"sqlite:///{Path('runs') / arguments.name / 'study.db'}"
+    url = storage_url(arguments.storage, arguments.name)
     study = Answered(url, arguments.name, arguments.objectives)
     seeds = range(arguments.seeds)
     interval_of = f"[{study.low:.4f}, {study.high:.4f}]"
