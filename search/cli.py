@@ -343,10 +343,6 @@ def compare(
     from search.config import load_study_file
 
     config = load_study_file(study, overrides)
-    command = ["compare", str(study), "--engines", engines, "--budget", budget, "--seeds", str(seeds)]
-    command += ["--device", device, "--workers", str(workers)]
-    for override in overrides:
-        command += ["--set", override]
     with interruptible():
         table = run_comparison(
             config,
@@ -358,7 +354,8 @@ def compare(
             device=device,
             workers=workers,
             share=share,
-            command=command,
+            study=study,
+            overrides=overrides,
         )
     if table:
         print(table)

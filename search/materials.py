@@ -83,7 +83,7 @@ class Materials:
         )
 
     def under(self, config: StudyConfig) -> Materials:
-        """The same, with all that is open and resident, under a config that differs in name, sampler and budgets.
+        """The same, with all that is open, under a config that differs in name, sampler, budgets or tokens a batch.
 
         Raises:
             ConfigError: it differs in something else.

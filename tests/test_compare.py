@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from search.baselines import BASELINES
 from search.board import Board, Row, read_board
+from search.cells import RESAMPLES
 from search.compare.command import compare
 from search.compare.entrants import LINE, budget_tokens, entries, parse_entrants
 from search.compare.runs import checkpoints, run_entries
-from search.compare.standings import Standings, read_standings
+from search.compare.standings import Outcome, Standings, Volume, _standing, read_standings
 from search.compare.table import comparison_table
 from search.config import load_study_file
 from search.errors import ConfigError
@@ -23,7 +25,6 @@ from search.front import hypervolume, worst_corner
 from search.materials import Materials
 from search.plots.comparison import _median_attainment, comparison_figure
 from search.storage import StudyStore
-from search.study import BASELINES
 from tests.conftest import Cli
 from tests.pico_study import write_study
 
@@ -199,3 +200,24 @@ def test_half_of_the_seeds_attain_the_median_surface() -> None:
     assert len(_median_attainment([low, low + 5.0, low + 5.0], corner)) == 0, (
         "one of three attains nothing of it"
     )
+
+
+def test_a_front_twice_as_large_on_every_resample_is_twice_as_large() -> None:
+    draw = np.random.default_rng(0)
+    line = Volume(1.0, draw.uniform(0.8, 1.2, RESAMPLES))
+    twice = Volume(2.0, 2.0 * line.samples)
+
+    def outcome(label: str, volume: Volume) -> Outcome:
+        return Outcome(label, 0, 1, (1,), (1.0,), (volume,), volume, 1.0, np.zeros((1, 2)), {})
+
+    base = outcome(LINE, line)
+    found = _standing([outcome("a", twice)] * 3, base, Volume(4.0, 4.0 * line.samples))
+    assert found.over_line is not None
+    assert (found.over_line.low, found.over_line.value, found.over_line.high) == pytest.approx(
+        (2.0, 2.0, 2.0)
+    )
+    assert found.over_temperature is not None
+    assert found.over_temperature.value == pytest.approx(0.5)
+    assert found.report.low < 2.0 < found.report.high
+    nothing = _standing([base], outcome(LINE, Volume(0.0, 0.0 * line.samples)), line)
+    assert nothing.over_line is None

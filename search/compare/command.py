@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from search.compare.entrants import Entrant, Entry, budget_tokens, entries, parse_entrants
+from search.compare.entrants import Entry, budget_tokens, entries, parse_entrants
 from search.compare.runs import checkpoints, run_entries
 from search.compare.standings import Standings, read_standings
 from search.compare.table import comparison_table
@@ -32,13 +33,14 @@ def compare(
     device: str,
     workers: int = 1,
     share: int | None = None,
-    command: list[str] | None = None,
+    study: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> str:
     """Runs a comparison, or continues it, and writes `comparison.md`, `.json`, `.png` and `.svg`.
 
     Args:
         share: of a further process: it runs its share of the entries and writes nothing.
-        command: how a further process is started, without its share.
+        study, overrides: where the config came from, for further processes.
 
     Returns:
         The table; empty for a further process.
@@ -56,7 +58,8 @@ def compare(
     use_threads(workers)
     materials = Materials.open(config, device)
     tokens = budget_tokens(budget, materials.evaluator("search").tokens)
-    config = _with_batches(config, url, materials, entrants[0], tokens)
+    first, *_ = entries(config, entrants, 1, tokens)
+    config = _with_batches(config, url, materials, first.config.name)
     every = entries(config, entrants, seeds, tokens)
     if share is not None:
         run_entries(every[share::workers], materials, url)
@@ -68,7 +71,10 @@ def compare(
         tokens / materials.evaluator("search").tokens,
         url,
     )
-    start = [*(command or ()), "--set", f"batch_tokens={config.batch_tokens}"]
+    start = ["compare", str(study), "--engines", engines, "--budget", budget, "--seeds", str(seeds)]
+    start += ["--device", device, "--workers", str(workers)]
+    for override in (*overrides, f"batch_tokens={config.batch_tokens}"):
+        start += ["--set", override]
     others = [[*start, "--share", str(i)] for i in range(1, workers)]
     with beside(others, url):
         run_entries(every[::workers], materials, url, done=_say)
@@ -77,16 +83,16 @@ def compare(
     return _written(found, out)
 
 
-def _with_batches(
-    config: StudyConfig, url: str, materials: Materials, first: Entrant, tokens: int
-) -> StudyConfig:
+def _with_batches(config: StudyConfig, url: str, materials: Materials, first: str) -> StudyConfig:
     """The config with tokens a batch: given, or as an earlier run of the comparison measured them, or measured now.
 
     All processes and all runs keep to one number: another one changes the last bits of the scores.
+
+    Args:
+        first: name of the comparison's first study.
     """
-    (entry,) = entries(config, [first], 1, tokens)
     size = config.batch_tokens
-    if size is None and (known := read_config(url, entry.config.name)) is not None:
+    if size is None and (known := read_config(url, first)) is not None:
         size = known.batch_tokens
     if size is None:
         size = materials.scorer.measure(materials.questions.search)

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from search.baselines import BASELINES
 from search.config import StudyConfig, parse_study
 from search.errors import ConfigError
 from search.sampler_config import OPTUNA_SAMPLERS, PYMOO_ALGORITHMS
 from search.strict_yaml import load_yaml
-from search.study import BASELINES
 
 LINE = "line"
-DEFAULT = ("composite", "gp", "tpe", "nsga2", "gradient")
 _MANY = 1_000_000  # trials: the tokens end these studies
 
 

@@ -47,7 +47,7 @@ class Outcome:
     """What one entry came to.
 
     Attributes:
-        tokens: scored tokens by trial, summed up; volumes: hypervolume on the search split after each trial.
+        tokens: scored tokens up to each complete trial; volumes: hypervolume on the search split after it.
         report: hypervolume of the front of each checkpoint; the last is the whole budget's.
         with_temperature: of the last front and `post` + temperature together.
         search: hypervolume of the last front on the search split.
@@ -144,6 +144,11 @@ class Standings:
     rivals: tuple[Rival, ...]
     outcomes: tuple[Outcome, ...]
 
+    @property
+    def temperature(self) -> Rival | None:
+        """`post` with a fitted temperature."""
+        return next((one for one in self.rivals if one.label == f"post + {TEMPERATURE}"), None)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "study": self.study,
@@ -228,6 +233,8 @@ class _Judge:
         self._temperature_row: tuple[Floats, Floats] | None = None
         self.temperature = Volume(0.0, np.zeros(RESAMPLES))
         for one in scores.alternatives():
+            if one.base != "post" or not scores.has(one, "report"):
+                continue
             read = partial(scores.tempered, one, "report")
             cells, samples = self._computer.cells("report", one.label, read, self._metrics)
             row = self._stacked(cells, samples)
@@ -237,9 +244,9 @@ class _Judge:
                 self.temperature, self._temperature_row = volume, row
 
     def outcome(self, entry: Entry, store: StudyStore, checkpoints: Sequence[int]) -> Outcome:
-        done = _complete(store)
+        records, done = store.trials(), _complete(store)
         scores = Scores(store)
-        fronts = [front_of(within_tokens(done, tokens), self._maximize) for tokens in checkpoints]
+        fronts = [front_of(within_tokens(records, tokens), self._maximize) for tokens in checkpoints]
         if any(scores.digest(number, "report") is None for front in fronts for number in front):
             raise ConfigError(
                 f"study '{store.name}' is not complete. Run the comparison again to continue it."
@@ -247,6 +254,8 @@ class _Judge:
         rows = [[self._row(scores, number) for number in sorted(front)] for front in fronts]
         last = rows[-1]
         beside = [] if self._temperature_row is None else [self._temperature_row]
+        # Trials that were stopped took tokens, too.
+        spent = zip(records, np.cumsum([record.tokens for record in records]).tolist(), strict=True)
         volumes = [
             hypervolume(np.array([r.values for r in done[: i + 1]]), self._corner, maximise=self._maximize)
             for i in range(len(done))
@@ -255,7 +264,7 @@ class _Judge:
             label=entry.entrant.label,
             seed=entry.seed,
             trials=len(done),
-            tokens=tuple(np.cumsum([record.tokens for record in done]).tolist()),
+            tokens=tuple(total for record, total in spent if record.state == "complete"),
             volumes=tuple(volumes),
             report=tuple(self._volume(front) for front in rows),
             with_temperature=self._volume([*last, *beside]),

@@ -45,7 +45,7 @@ def comparison_figure(found: Standings) -> Figure:
         f"{found.study}: {found.budget / found.evaluation:.0f} evaluations' worth of tokens for each study. Left: what "
         f"half of the seeds attain on the report split ({found.questions['report']:,} questions); star: post with a "
         f"fitted temperature. Right: hypervolume on the search split, median and range of the seeds; dots: mean on the "
-        f"report split."
+        f"report split, over its own corner."
     )
     width = 2.4 * COLUMN
     below = caption_height(text, width)
@@ -77,10 +77,9 @@ def _draw_attainment(
         if len(surface):
             xy = sign * _staircase(surface, corner)
             axes.plot(*xy.T, color=colours[name], lw=1.2 if name != LINE else 1.6, label=label(name, 30))
-    for rival in found.rivals:
-        if rival.label == "post + temperature":
-            point = (rival.values[first].value, rival.values[second].value)
-            axes.plot(*point, "*", color=POST, ms=8, mec="white", mew=0.6, zorder=5)
+    if (rival := found.temperature) is not None:
+        point = (rival.values[first].value, rival.values[second].value)
+        axes.plot(*point, "*", color=POST, ms=8, mec="white", mew=0.6, zorder=5)
     axes.set_xlabel(axis_label(first, up))
     axes.set_ylabel(axis_label(second, second_up))
 
