@@ -1,8 +1,8 @@
 """A model of what merges answer: a Gaussian process from coefficients to the scores of every option of every question.
 
 Scores change smoothly with the coefficients where accuracy and binned calibration error jump, and every evaluation
-shows thousands of them at once. So their model needs far fewer trials than one of the objectives, which are computed
-from predicted scores (composite functions: Astudillo and Frazier 2019, arXiv 1906.01537). All scores share one kernel,
+shows thousands of them at once. The objectives are computed from predicted scores (composite functions: Astudillo and
+Frazier 2019, arXiv 1906.01537). All scores share one kernel,
 
     k(x, x') = v exp(-sum_d (x_d - x'_d)^2 / (2 l_d^2))  +  noise where x = x'
 
@@ -39,19 +39,14 @@ class AnswersModel:
 
     def __init__(self, x: Floats, scores: Floats) -> None:
         self._x = torch.from_numpy(np.ascontiguousarray(x))
-        self._mean = scores.mean(axis=0)
-        centred = torch.from_numpy(scores - self._mean)
+        mean = scores.mean(axis=0)
+        centred = torch.from_numpy(scores - mean)
         products = centred @ centred.T / centred.shape[1]
         spread = float(products.diagonal().mean())
         self._log = _fitted(self._x, products / (spread or 1.0))
         self._factor = torch.linalg.cholesky(_covariance(self._x, self._log))
         self._weights = torch.cholesky_solve(centred, self._factor).float()
-        self._offset = torch.from_numpy(self._mean).float()
-
-    @property
-    def lengths(self) -> Floats:
-        """`(d,)`: how far a coefficient must move to change the scores, in widths of its bounds; higher is duller."""
-        return np.asarray(self._log[:-2].exp().numpy())
+        self._offset = torch.from_numpy(mean).float()
 
     def predict(self, x: Floats) -> NDArray[np.float32]:
         """`(c, m)` expected scores of recipes `(c, d)`."""

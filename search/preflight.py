@@ -7,12 +7,12 @@ from pathlib import Path
 
 from objectives.outcomes import Outcomes
 from objectives.power import differences
+from search.baselines import BASELINES
 from search.database import sqlite_path
 from search.errors import MergefrontError
 from search.evidence import EvidenceFolder
 from search.materials import Materials
 from search.storage import StudyStore
-from search.study import BASELINES
 
 MIB = 2**20
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -169,9 +169,8 @@ def places_of(groups: Sequence[str]) -> list[tuple[float, str]]:
     found = []
     for name in groups:
         place = layer_of_group(name)
-        if (
-            place is None and (inside := _layer_of(name)) is not None
-        ):  # a tensor with a coefficient of its own
+        # A tensor with a coefficient of its own has the name of no group.
+        if place is None and (inside := _layer_of(name)) is not None:
             place = float(inside[0]), _component_of(inside[1], ("attention", "mlp", "norms"), sandwich)
         before = name == "embeddings" or _EMBEDDINGS.search(name) is not None
         found.append(place or (-math.inf if before else math.inf, ""))

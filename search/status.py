@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from search.baselines import BASELINES
 from search.budget import expected_trials
 from search.database import shown
 from search.front import hypervolume, worst_corner
 from search.storage import State, StudyStore, TrialRecord
-from search.study import BASELINES, front_of
+from search.study import front_of
 
 STATES: tuple[State, ...] = ("complete", "stopped", "running", "waiting", "failed")
 

@@ -23,6 +23,7 @@ import numpy as np
 from objectives.diversity import Diversity
 from objectives.evaluator import Evaluation
 from objectives.metrics import Metric
+from search.baselines import BASELINES, missing_baseline
 from search.batches import size_batches, size_batches_held
 from search.budget import within_tokens
 from search.errors import (
@@ -40,18 +41,11 @@ from search.materials import Materials, Split
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
 from search.samplers import Engine, Proposal, Sources, WeightedGradient, make_engine
-from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
+from search.space import Recipe
 from search.storage import StudyStore, TrialRecord
 
 MAX_FAILURES_IN_A_ROW = 5  # then the set-up is broken, not the recipes
 POLL_SECONDS = 0.5
-
-# The order of the baselines: the parents, then what lies between them.
-BASELINES: tuple[tuple[str, float], ...] = (
-    ("pre", 0.0),
-    ("post", 1.0),
-    *(("uniform", c) for c in UNIFORM_LINE if c not in (0.0, 1.0)),
-)
 
 
 @dataclass(frozen=True)
@@ -176,7 +170,7 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
     given_out = sum(record.state != "failed" for record in history)
     if given_out >= len(BASELINES) + int(store.attribute("trials")):
         return None
-    missing = _missing_baseline(history, space)
+    missing = missing_baseline(history, space)
     if missing is None and not _affordable(worker, history):
         return None
     if missing is not None:
@@ -216,23 +210,8 @@ def _affordable(worker: _Worker, history: Sequence[TrialRecord]) -> bool:
         return True
     open_ = sum(record.state in ("running", "waiting") for record in history)
     # Those under way have paid for their proposals.
-    due = (open_ + 1) * worker.trial_tokens + worker.engine.cost(
-        history, worker.materials.evaluator("search").tokens
-    )
+    due = (open_ + 1) * worker.trial_tokens + worker.engine.cost(history)
     return sum(record.tokens for record in history) + due <= int(limit)
-
-
-def _missing_baseline(history: Sequence[TrialRecord], space: CoefficientSpace) -> int | None:
-    """Index of the first baseline that is neither scored nor on its way; one that failed is drawn again."""
-    there = {
-        record.attributes["recipe"]
-        for record in history
-        if record.state != "failed" and record.kind != "search"
-    }
-    for index, (_, coefficient) in enumerate(BASELINES):
-        if space.uniform(coefficient).key not in there:
-            return index
-    return None
 
 
 def _run_trial(worker: _Worker, trial: TrialRecord) -> None:

@@ -26,7 +26,7 @@ def use_threads(workers: int) -> None:
 
 @contextmanager
 def helpers(count: int, store: StudyStore, device: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Runs `count` further workers of the study beside the block; which stop when the budget is complete."""
+    """Runs `count` further workers of the study beside the block, which stop when the budget is complete."""
     command = ["resume", store.name, "--device", device, "--grace", str(store.grace), "--as-worker"]
     for override in overrides:
         command += ["--set", override]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from objectives.packed import Unpackable
+from search.baselines import BASELINES
 from search.budget import set_budget, set_tokens
 from search.config import load_study_file
 from search.errors import ConfigError
@@ -19,7 +20,7 @@ from search.sampler_config import SamplerConfig
 from search.samplers import Engine, make_engine
 from search.samplers.gradient_engine import spread
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, run
+from search.study import run
 from search.trials import PROPOSAL_TOKENS
 from tests.conftest import Cli
 from tests.pico_study import write_study

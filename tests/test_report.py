@@ -25,6 +25,7 @@ from scipy.stats import binomtest
 from objectives.evaluator import Evaluation
 from objectives.metrics import get_metric
 from objectives.outcomes import Floats, Outcomes
+from search.baselines import BASELINES
 from search.board import Board, read_board
 from search.errors import ConfigError, DiskError
 from search.evidence import EvidenceFolder
@@ -38,7 +39,6 @@ from search.reading import read, report_is_scored
 from search.report import reliability_panels, write_report
 from search.space import Recipe
 from search.storage import StudyStore
-from search.study import BASELINES
 from tests.pico import pico_model
 
 LAYERS = 4

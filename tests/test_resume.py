@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from search.baselines import BASELINES
 from search.budget import set_budget
 from search.config import load_study_file
 from search.errors import ConfigError, StorageError
 from search.opening import create, reopen
 from search.storage import MAX_TRIES, StudyStore
-from search.study import BASELINES, run
+from search.study import run
 from tests.pico_study import write_study
 from tests.study_process import STEPS, ended, kill_self, start, terminate_self, whole
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.metrics import METRIC_NAMES, Metric, get_metric
 from objectives.outcomes import Outcomes
+from search.baselines import BASELINES
 from search.budget import set_budget, set_tokens
 from search.config import FidelityConfig, load_study_file
 from search.errors import ConfigError, EvaluationError
@@ -30,7 +31,7 @@ from search.samplers import Proposal
 from search.space import UNIFORM_LINE
 from search.status import read_status
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, run
+from search.study import run
 from tests.conftest import Cli
 from tests.pico_study import write_study
 from tests.study_process import ended, start, whole

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from objectives.evaluator import Evaluation
+from search.baselines import BASELINES
 from search.budget import expected_trials, set_budget, set_tokens
 from search.config import load_study_file
 from search.errors import DiskError, EvaluationError, TooManyFailuresError
@@ -21,7 +22,7 @@ from search.opening import create
 from search.samplers import Proposal
 from search.status import read_status
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, front_of, run
+from search.study import front_of, run
 from tests.pico_study import write_study
 
 FIRST = len(BASELINES)

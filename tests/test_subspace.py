@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from search.baselines import BASELINES
 from search.budget import set_budget
 from search.config import load_study_file
 from search.errors import ConfigError
@@ -24,7 +25,7 @@ from search.samplers.coarse import first_blocks, from_tag, split, to_tag
 from search.samplers.subspace import Blocks, Knots, Moving, Subspace
 from search.space import CoefficientSpace, places_of
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, run
+from search.study import run
 from tests.pico_study import write_study
 from tests.test_samplers import ALL, BOUNDS, LINE, Gradient, aims, config, sources
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from search.baselines import BASELINES
 from search.config import load_study_file
 from search.errors import ConfigError
 from search.opening import create
 from search.sampler_config import SamplerConfig
 from search.samplers import Engine, make_engine
 from search.storage import StudyStore, TrialRecord
-from search.study import BASELINES, run
+from search.study import run
 from tests.pico_study import write_study
 from tests.test_samplers import BOUNDS, GROUPS, LINE, config, record, sources
 
@@ -87,7 +88,7 @@ def test_what_a_proposal_costs_is_known_before() -> None:
     history = played(lambda: one, FIRST)
     costs = []
     for number in range(FIRST, FIRST + WARM + 2):
-        costs.append(one.cost(history, 1000))
+        costs.append(one.cost(history))
         history.append(record(one, number, "complete", history))
     assert costs == [60] * WARM + [0, 0]
 

@@ -89,7 +89,7 @@ def _plain(
         case "line":
             from search.samplers.line_engine import LineEngine
 
-            return LineEngine(config, names, bounds)
+            return LineEngine(names, bounds)
         case "optuna":
             from search.samplers.optuna_engine import OptunaEngine
 

@@ -86,9 +86,9 @@ class CoarseToFine(Engine):
         """See `Engine.baseline_tags`."""
         return self._inner.baseline_tags(index)
 
-    def cost(self, history: Sequence[TrialRecord], evaluation: int) -> int:
+    def cost(self, history: Sequence[TrialRecord]) -> int:
         """See `Engine.cost`."""
-        return self._inner.cost(history, evaluation)
+        return self._inner.cost(history)
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`."""

@@ -74,8 +74,8 @@ class Engine(Protocol):
         """Tags that make the `index`-th baseline (parents and uniform line, scored first) seed the search."""
         return {}
 
-    def cost(self, history: Sequence[TrialRecord], evaluation: int) -> int:
-        """Scored tokens that the next proposal takes, where one evaluation takes `evaluation`; `history` as below."""
+    def cost(self, history: Sequence[TrialRecord]) -> int:
+        """Scored tokens that the next proposal takes; `history` as for `propose`."""
         return 0
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:

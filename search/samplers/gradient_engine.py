@@ -59,7 +59,7 @@ class GradientEngine(Engine):
         self._losses = losses
         self._known: dict[int, Floats] = {}
 
-    def cost(self, history: Sequence[TrialRecord], evaluation: int) -> int:
+    def cost(self, history: Sequence[TrialRecord]) -> int:
         """See `Engine.cost`."""
         return self._steps * self._gradient().tokens
 

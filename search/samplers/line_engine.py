@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal
 from search.space import UNIFORM_LINE
 from search.storage import TrialRecord
@@ -17,7 +16,7 @@ class LineEngine(Engine):
     the baselines have.
     """
 
-    def __init__(self, config: SamplerConfig, groups: tuple[str, ...], bounds: tuple[float, float]) -> None:
+    def __init__(self, groups: tuple[str, ...], bounds: tuple[float, float]) -> None:
         self._groups = groups
         self._bounds = bounds
 

@@ -27,10 +27,10 @@ class WarmStarted(Engine):
         """See `Engine.baseline_tags`."""
         return self._then.baseline_tags(index)
 
-    def cost(self, history: Sequence[TrialRecord], evaluation: int) -> int:
+    def cost(self, history: Sequence[TrialRecord]) -> int:
         """See `Engine.cost`."""
         engine = self._first if self._due(history) is not None else self._then
-        return engine.cost(history, evaluation)
+        return engine.cost(history)
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`."""
