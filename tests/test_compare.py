@@ -16,8 +16,9 @@ from search.board import Board, Row, read_board
 from search.cells import RESAMPLES
 from search.compare.command import compare
 from search.compare.entrants import LINE, budget_tokens, entries, parse_entrants
+from search.compare.judge import Volume
 from search.compare.runs import checkpoints, run_entries
-from search.compare.standings import Outcome, Standings, Volume, _standing, read_standings
+from search.compare.standings import Outcome, Standings, _standing, read_standings
 from search.compare.table import comparison_table
 from search.config import load_study_file
 from search.errors import ConfigError
