@@ -21,9 +21,9 @@ from search.errors import ExportError
 from search.manifest import MANIFEST, write_manifest
 from search.materials import groups_digest, provenance
 from search.mergekit_config import MERGEKIT, caveats, config_text, natural, number, place_of, quoted
-from search.merging.methods import tensor_weights
 from search.merging.parents import Parents
 from search.merging.save import check_saved, save_checkpoint, size_of
+from search.merging.weights import tensor_weights
 from search.model_card import model_card
 from search.opening import check_identity, moved_config
 from search.space import CoefficientSpace, Recipe

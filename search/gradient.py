@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from objectives.backward import backpropagate
 from objectives.losses import Loss, scalarized
 from search.errors import ConfigError, EvaluationError
-from search.merging.linear import coefficient_derivative
 from search.merging.live import LiveModel
+from search.merging.methods.linear import coefficient_derivative
 from search.space import CoefficientSpace, Recipe
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from search.merging.checkpoint import Checkpoint
 from search.merging.header import shown
 from search.merging.layout import empty_model, load_config, read_layout
 from search.merging.loading import REFUSED, load_model
-from search.merging.methods import tensor_weights
 from search.merging.parents import Parents
 from search.merging.placement import choose_device, place
 from search.merging.tokenizers import load_tokenizer
+from search.merging.weights import tensor_weights
 from search.opening import moved_config
 from search.space import CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord

@@ -14,7 +14,7 @@ import search.merging.save
 import search.staging
 from search.board import read_board
 from search.export import export_rows
-from search.merging.linear import weighted_sum
+from search.merging.methods.linear import weighted_sum
 from search.storage import StudyStore
 
 # Children are forked from a server that has imported everything and computed nothing.

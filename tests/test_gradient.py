@@ -21,8 +21,8 @@ from search.config import SpaceConfig, TaskConfig
 from search.errors import ConfigError, EvaluationError, MergeError
 from search.gradient import CoefficientGradient
 from search.merging.checkpoint import SINGLE
-from search.merging.linear import coefficient_derivative
 from search.merging.live import LiveModel
+from search.merging.methods.linear import coefficient_derivative
 from search.merging.parents import Parents
 from search.space import CoefficientSpace, Recipe
 from tests.pico import block_network, pico_model, pico_tokenizer
@@ -275,7 +275,7 @@ def test_what_cannot_be_differentiated(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_derivative_of_a_tensor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.merging.linear.CHUNK", 64)
+    monkeypatch.setattr("search.merging.methods.linear.CHUNK", 64)
     draw = torch.Generator().manual_seed(0)
     gradient, pre, post = (torch.randn(13, 17, generator=draw).to(dtype) for _ in range(3))
     wanted = float((gradient.double() * (post.double() - pre.double())).sum())

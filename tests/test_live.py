@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from search.errors import MergeError
 from search.merging.checkpoint import SINGLE
-from search.merging.linear import merge_linear
 from search.merging.live import LiveModel
+from search.merging.methods.linear import merge_linear
 from search.merging.parents import Parents
 from tests.pico import ARCHS, VOCAB, block_network, save_pair
 

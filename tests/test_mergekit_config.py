@@ -32,9 +32,9 @@ from search.mergekit_config import (
     quoted,
     read_config_weights,
 )
-from search.merging.methods import tensor_weights
 from search.merging.parents import Parents
 from search.merging.save import save_checkpoint
+from search.merging.weights import tensor_weights
 from tests.pico import save_pair, save_pico
 
 PART = st.sampled_from(

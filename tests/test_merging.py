@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from search.errors import MergeError
 from search.merging import linear
 from search.merging.checkpoint import SINGLE
-from search.merging.linear import linear_weights, merge_linear, weighted_sum
 from search.merging.live import LiveModel
-from search.merging.methods import tensor_weights
+from search.merging.methods.linear import linear_weights, merge_linear, weighted_sum
+from search.merging.methods.slerp import angle, slerp_weights
 from search.merging.parents import Parents
-from search.merging.slerp import angle, slerp_weights
+from search.merging.weights import tensor_weights
 from tests.pico import ARCHS, save_pair
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -192,7 +192,7 @@ def test_slerp_keeps_the_norm_of_unit_parents(c: float, omega: float) -> None:
 def test_many_chunks_do_not_change_the_angle(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair(5, (1000, 30), torch.bfloat16)
     whole = angle(a, b)
-    monkeypatch.setattr("search.merging.slerp._CHUNK", 7)
+    monkeypatch.setattr("search.merging.methods.slerp._CHUNK", 7)
     assert angle(a, b) == pytest.approx(whole, abs=1e-12)
 
 

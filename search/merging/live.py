@@ -9,11 +9,11 @@ import torch
 
 from search.errors import CheckpointError, MergeError
 from search.merging.checkpoint import dtype_name
-from search.merging.linear import weighted_sum
 from search.merging.loading import load_model
-from search.merging.methods import tensor_weights
+from search.merging.methods.linear import weighted_sum
 from search.merging.parents import Parents
 from search.merging.placement import place
+from search.merging.weights import tensor_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

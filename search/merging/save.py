@@ -14,7 +14,7 @@ from search.errors import CheckpointError
 from search.merging.checkpoint import INDEX, SINGLE, Checkpoint, dtype_name
 from search.merging.header import DTYPES, shown
 from search.merging.layout import empty_model, load_config, read_layout
-from search.merging.linear import weighted_sum
+from search.merging.methods.linear import weighted_sum
 from search.merging.parents import Parents
 
 SHARD_BYTES = 2 * 2**30

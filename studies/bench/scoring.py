@@ -19,7 +19,7 @@ from objectives.scoring import Scorer
 from objectives.tasks import Question, load_questions
 from search.config import SplitConfig, TaskConfig
 from search.merging.live import LiveModel
-from search.merging.methods import tensor_weights
+from search.merging.weights import tensor_weights
 
 EXAMPLES = 5  # first rows: never scored, the few-shot examples of all questions
 PEER_BATCHES = (1, 4, 8, 16, 32)

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 from search.errors import MergeError
 from search.merging.header import shown
-from search.merging.linear import linear_weights
+from search.merging.methods.linear import linear_weights
+from search.merging.methods.slerp import angle, slerp_weights
 from search.merging.parents import Parents
-from search.merging.slerp import angle, slerp_weights
 
 METHODS = ("linear", "slerp")
 _angles: WeakKeyDictionary[Parents, dict[str, float | None]] = WeakKeyDictionary()

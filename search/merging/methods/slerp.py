@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from search.merging.linear import linear_weights
+from search.merging.methods.linear import linear_weights
 
 PARALLEL = 0.9995  # above this |cos| the arc is a line: its formula divides by almost zero
 _TINY = 1e-8  # a norm below this has no direction
