@@ -59,11 +59,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/pytest
+PARALLEL := --numprocesses auto --maxprocesses 8
 
-test-all: lint
-	$(BIN)/pytest -m ''
+test: lint
+	$(BIN)/pytest $(PARALLEL)
+
+test-all: test
+	$(BIN)/pytest -m slow
 
 $(VENV)/.bench: $(VENV)/.prepare
 	$(PIP) --editable '.[bench]'
