@@ -45,7 +45,7 @@ quickstart: $(VENV)/.product
 compare: $(VENV)/.product
 	$(BIN)/python studies/quickstart/prepare.py
 	$(BIN)/mergefront compare studies/quickstart/study.yaml --budget 60x --seeds 5 --workers 2 \
-		--engines composite,gp,tpe,pymoo:nsga2,gradient:batch=250:rate=0.2 --out runs/quickstart/compare
+		--engines composite,gp,tpe,pymoo:nsga2,gradient --out runs/quickstart/compare
 
 smollm2: $(VENV)/.prepare
 	$(BIN)/python studies/smollm2-135m/prepare.py

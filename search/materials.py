@@ -223,8 +223,10 @@ class Materials:
     @cached_property
     def _parts(self) -> list[tuple[Question, ...]]:
         from search.gradient import dealt
+        from search.samplers.gradient_engine import BATCH
 
-        return dealt(self.questions.search, self.config.sampler.batch, self.config.sampler.seed)
+        sampler = self.config.sampler
+        return dealt(self.questions.search, sampler.batch or BATCH, sampler.seed)
 
     def diversify(self, split: Split, tempering: float = 1.0) -> Diversity | None:
         """Samples answers of the live model to one split's prompts and measures them; None without such a section.

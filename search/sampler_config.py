@@ -30,11 +30,11 @@ class CoarseConfig(Section):
 class SamplerConfig(Section):
     """What proposes the next recipe.
 
-    `population` is for genetic algorithms, `startup` (random trials before the model takes over) for tpe and gp,
-    `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of weights
-    between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each coefficient;
-    each step reads `batch` questions (all of them without it). With `warm` it makes the first so many proposals for
-    another engine.
+    `population` is for genetic algorithms, `startup` (space-filling trials before the model takes over) for tpe, gp and
+    composite, `points` (per group) for grid. The gradient engine makes `weights` descents, one for each of a spread of
+    weights between the objectives, and proposes where one stands after `steps` more steps of about `rate` in each
+    coefficient; each step reads about `batch` questions. With `warm` it makes the first so many proposals for another
+    engine.
 
     `knots` or `coarse` let any engine move fewer numbers than there are coefficients (`search.samplers.subspace`):
     so many knots for each component, interpolated over the layers, or blocks that are split in the course of the study.

@@ -22,6 +22,7 @@ from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
 from search.storage import TrialRecord
 
+STARTUP = 4  # the baselines show one direction only
 POPULATION = 40  # of NSGA-II on the model
 GENERATIONS = 25
 MAX_KNOWN = 400  # trials in the model: its fit takes the cube of their number
@@ -50,7 +51,7 @@ class CompositeEngine(Engine):
         self._bounds = bounds
         self._metrics = tuple(metrics)
         self._maximize = tuple(metric.maximize for metric in metrics)
-        self._startup = min(16, max(4, len(groups))) if config.startup is None else config.startup
+        self._startup = STARTUP if config.startup is None else config.startup
         self._answers = answers
         self._scores: dict[int, Floats] = {}  # trial -> (n * k,)
         self._questions: Outcomes | None = None

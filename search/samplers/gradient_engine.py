@@ -21,8 +21,9 @@ from search.samplers.engine import Engine, Proposal, WeightedGradient, seed_of
 from search.storage import TrialRecord
 from search.trials import PROPOSAL_TOKENS
 
-STEPS = 4
-RATE = 0.1
+STEPS = 8
+RATE = 0.2
+BATCH = 125  # questions a step
 WEIGHTS = 5
 DECAY = (0.9, 0.999)  # of Adam's first and second moment
 EPSILON = 1e-8
