@@ -111,6 +111,10 @@ def test_standings_are_sorted_and_their_intervals_hold_them(
         assert one.at[-1] == pytest.approx(one.report.value)
     line = next(one for one in found.standings if one.label == LINE)
     assert line.seeds == 1
+    assert (line.gain.low, line.gain.value, line.gain.high) == (0.0, 0.0, 0.0)
+    for one in found.standings:
+        assert one.gain.value == pytest.approx(one.report.value - line.report.value)
+        assert one.gain.low <= one.gain.value <= one.gain.high
     if line.over_line is not None:
         assert line.over_line.value == pytest.approx(1.0)
 

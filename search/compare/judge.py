@@ -127,6 +127,12 @@ def mean_volume(volumes: Sequence[Volume]) -> Volume:
     )
 
 
+def gain(volume: Volume, base: Volume) -> Cell:
+    """How much more than the base, with the paired interval."""
+    value = volume.value - base.value
+    return cell_around(value, interval(volume.samples - base.samples, value=value))
+
+
 def ratio(volume: Volume, base: Volume) -> Cell | None:
     """How many times the base; the interval is taken of the logarithm. None where one of them is 0, once resampled."""
     if min(base.value, base.samples.min(), volume.value, volume.samples.min()) <= 0.0:

@@ -12,7 +12,7 @@ from search.alternatives import Scores
 from search.budget import within_tokens
 from search.cells import Cell
 from search.compare.entrants import LINE, Entry
-from search.compare.judge import Floats, Judge, Volume, mean_volume, ratio
+from search.compare.judge import Floats, Judge, Volume, gain, mean_volume, ratio
 from search.errors import ConfigError
 from search.storage import StudyStore, TrialRecord
 from search.study import front_of
@@ -53,8 +53,9 @@ class Standing:
 
     Attributes:
         report: hypervolume on the report split. at: its mean at each checkpoint.
-        over_line: times that of the uniform line at the same budget. over_temperature: how many times the hypervolume
-            of `post` + temperature is that of both together. None where there is no hypervolume, or none on a resample.
+        gain: over the uniform line at the same budget. over_line: times the line's. over_temperature: how many times
+            the hypervolume of `post` + temperature is that of both together. None where there is no hypervolume, or
+            none on a resample.
         spread: smallest and largest `report` of the seeds.
     """
 
@@ -66,6 +67,7 @@ class Standing:
     report: Cell
     at: tuple[float, ...]
     spread: tuple[float, float]
+    gain: Cell
     over_line: Cell | None
     over_temperature: Cell | None
     optimism: Mapping[str, float]
@@ -75,6 +77,7 @@ class Standing:
             name: None if cell is None else cell.to_json()
             for name, cell in (
                 ("report", self.report),
+                ("gain", self.gain),
                 ("over_line", self.over_line),
                 ("over_temperature", self.over_temperature),
             )
@@ -86,6 +89,7 @@ class Standing:
             "tokens": self.tokens,
             "hypervolume": {"search": self.search, "report": cells["report"], "spread": list(self.spread)},
             "at": list(self.at),
+            "gain": cells["gain"],
             "over_line": cells["over_line"],
             "over_temperature": cells["over_temperature"],
             "optimism": dict(self.optimism),
@@ -245,6 +249,7 @@ def _standing(outcomes: Sequence[Outcome], line: Outcome, temperature: Volume | 
         report=report.cell,
         at=tuple(np.mean([[v.value for v in one.report] for one in outcomes], axis=0).tolist()),
         spread=(min(one.value for one in last), max(one.value for one in last)),
+        gain=gain(report, line.report[-1]),
         over_line=ratio(report, line.report[-1]),
         over_temperature=None if temperature is None else ratio(beside, temperature),
         optimism={

@@ -14,7 +14,7 @@ def comparison_table(found: Standings) -> str:
     reach = [f"HV at {tokens / found.evaluation:.0f}x" for tokens in found.checkpoints[:-1]]
     curses = [f"curse, {name}" for name, _ in found.objectives]
     header = ["engine", "seeds", "trials", "HV search", *reach, "HV report", "smallest to largest"]
-    header += ["times the line", "times a temperature", *curses]
+    header += ["more than the line", "times the line", "times a temperature", *curses]
     lines = [
         f"{found.study}: {aims}; {found.budget:,} scored tokens each "
         f"({found.budget / found.evaluation:.0f} evaluations of the search split)",
@@ -27,11 +27,12 @@ def comparison_table(found: Standings) -> str:
         "split, over the corner",
         f"of the parents' worst values; on the {found.questions['report']:,} questions of the report split unless it "
         "says search. [ ]: 95 % bootstrap",
-        "intervals over questions and seeds. Times the line: over the uniform line at the same budget. Times a "
-        "temperature: of the",
-        "front with post + temperature, over post + temperature alone. Curse: how much better the front looked on the "
-        "search split",
-        "than on the report split, beyond what parents and uniform line did.",
+        "intervals over questions and seeds. The line: the uniform line at the same budget; times is '-' where a "
+        "resample leaves it",
+        "no hypervolume. Times a temperature: of the front with post + temperature, over post + temperature alone. "
+        "Curse: how much",
+        "better the front looked on the search split than on the report split, beyond what parents and uniform line "
+        "did.",
     ]
     return "\n".join(lines)
 
@@ -41,7 +42,7 @@ def _row(one: Standing, found: Standings) -> list[str]:
     cells = [one.label, str(one.seeds), f"{one.trials:.0f}", _thousandths(one.search)]
     cells += [_thousandths(value) for value in one.at[:-1]]
     cells += [_volume(one.report), f"{_thousandths(low)} to {_thousandths(high)}"]
-    cells += [_times(one.over_line), _times(one.over_temperature)]
+    cells += [_more(one.gain), _times(one.over_line), _times(one.over_temperature)]
     return cells + [
         f"{one.optimism[name]:+.4f}" if name in one.optimism else "-" for name, _ in found.objectives
     ]
@@ -67,6 +68,10 @@ def _thousandths(value: float) -> str:
 
 def _volume(cell: Cell) -> str:
     return f"{_thousandths(cell.value)} [{_thousandths(cell.low)}, {_thousandths(cell.high)}]"
+
+
+def _more(cell: Cell) -> str:
+    return f"{1000 * cell.value:+.2f} [{1000 * cell.low:+.2f}, {1000 * cell.high:+.2f}]"
 
 
 def _times(cell: Cell | None) -> str:
