@@ -336,7 +336,7 @@ def compare(
     workers: Workers = 1,
     overrides: Set = [],  # noqa: B006
     device: Device = "auto",
-    share: Annotated[int | None, typer.Option(hidden=True)] = None,
+    helping: Annotated[bool, typer.Option("--helping", hidden=True)] = False,
 ) -> None:
     """Engines side by side at equal scored tokens, on the same splits, with intervals over questions and seeds."""
     from search.compare.command import compare as run_comparison
@@ -353,7 +353,7 @@ def compare(
             seeds=seeds,
             device=device,
             workers=workers,
-            share=share,
+            helping=helping,
             study=study,
             overrides=overrides,
         )

@@ -86,6 +86,32 @@ def exclusive(url: str, name: str = "") -> Iterator[None]:
         yield
 
 
+@contextmanager
+def reserved(url: str, name: str) -> Iterator[bool]:
+    """Whether this process is the one that works on `name`, over all that use this storage; it never waits.
+
+    A process may reserve one name at a time. The system lets go of it if the process dies.
+    """
+    path, number = sqlite_path(url), crc32(f"mergefront:reserved:{name}".encode())
+    with ExitStack() as held:
+        with translated(url):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = held.enter_context(open(f"{path}.reserved", "a"))
+                try:
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                    mine = True
+                except BlockingIOError:
+                    mine = False
+            else:
+                connection = held.enter_context(_server(url).connect())
+                key = {"key": number}
+                mine = bool(connection.scalar(sqlalchemy.text("select pg_try_advisory_lock(:key)"), key))
+                if mine:
+                    held.callback(connection.execute, sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
+        yield mine
+
+
 @cache
 def _server(url: str) -> sqlalchemy.Engine:
     return sqlalchemy.create_engine(_with_driver(url), pool_pre_ping=True)

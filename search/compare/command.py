@@ -32,14 +32,14 @@ def compare(
     seeds: int,
     device: str,
     workers: int = 1,
-    share: int | None = None,
+    helping: bool = False,
     study: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
     """Runs a comparison, or continues it, and writes `comparison.md`, `.json`, `.png` and `.svg`.
 
     Args:
-        share: of a further process: it runs its share of the entries and writes nothing.
+        helping: as a further process, which writes nothing.
         study, overrides: where the config came from, for further processes.
 
     Returns:
@@ -61,8 +61,8 @@ def compare(
     first, *_ = entries(config, entrants, 1, tokens)
     config = _with_batches(config, url, materials, first.config.name)
     every = entries(config, entrants, seeds, tokens)
-    if share is not None:
-        run_entries(every[share::workers], materials, url)
+    if helping:
+        run_entries(every, materials, url, helping=True)
         return ""
     logger.info(
         "%d studies of %s tokens (%.0f evaluations) in %s",
@@ -75,10 +75,8 @@ def compare(
     start += ["--device", device, "--workers", str(workers)]
     for override in (*overrides, f"batch_tokens={config.batch_tokens}"):
         start += ["--set", override]
-    others = [[*start, "--share", str(i)] for i in range(1, workers)]
-    with beside(others, url):
-        run_entries(every[::workers], materials, url, done=_say)
-    stores = run_entries(every, materials, url)  # whatever another process left
+    with beside([[*start, "--helping"]] * (workers - 1), url):
+        stores = run_entries(every, materials, url, done=_say)
     found = read_standings(config.name, every, stores, checkpoints(tokens))
     return _written(found, out)
 

@@ -1,4 +1,4 @@
-"""Runs the studies of a comparison: one process after the other's share, everything in one storage."""
+"""Runs the studies of a comparison, each in one process, everything in one storage."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from search.compare.entrants import Entry
+from search.database import reserved
 from search.materials import Materials
 from search.opening import create
 from search.storage import StudyStore
-from search.study import Memory, run
+from search.study import POLL_SECONDS, Memory, run
 
 logger = logging.getLogger("mergefront")
 
@@ -27,23 +28,42 @@ def run_entries(
     materials: Materials,
     url: str,
     *,
+    helping: bool = False,
     done: Callable[[Entry, StudyStore, float], None] | None = None,
 ) -> list[StudyStore]:
     """Runs every entry to its budget and scores its fronts on the report split; finished ones are left as they are.
 
-    What one entry scored is not scored again for another, but counted in full.
+    Several processes may do this at once: an entry is run by one of them, so each study is that of a single worker.
+    What one entry scored is not scored again for another of the same process, but counted in full.
 
     Args:
+        helping: come back when what is left is in the hands of others; else wait for these, and take over what a dead
+            process left.
         done: called after each entry with its store and the seconds it took.
+
+    Returns:
+        The stores of the entries that this process finished or found finished, in the order of the entries.
     """
     memory = Memory()
-    stores = []
-    for entry in entries:
-        began = time.monotonic()
-        assert entry.config.tokens is not None, "a comparison counts tokens"
-        store, own = create(entry.config, url, materials=materials.under(entry.config))
-        run(store, own, checkpoints=checkpoints(entry.config.tokens), memory=memory)
-        stores.append(store)
-        if done is not None:
-            done(entry, store, time.monotonic() - began)
-    return stores
+    stores: dict[str, StudyStore] = {}
+    while len(stores) < len(entries):
+        before = len(stores)
+        for entry in entries:
+            name = entry.config.name
+            if name in stores:
+                continue
+            with reserved(url, name) as mine:
+                if not mine:
+                    continue
+                began = time.monotonic()
+                assert entry.config.tokens is not None, "a comparison counts tokens"
+                store, own = create(entry.config, url, materials=materials.under(entry.config))
+                run(store, own, checkpoints=checkpoints(entry.config.tokens), memory=memory)
+                stores[name] = store
+            if done is not None:
+                done(entry, store, time.monotonic() - began)
+        if len(stores) == before:
+            if helping:
+                break
+            time.sleep(POLL_SECONDS)
+    return [stores[entry.config.name] for entry in entries if entry.config.name in stores]
