@@ -79,10 +79,7 @@ def exclusive(url: str, name: str = "") -> Iterator[None]:
                 handle = held.enter_context(open(f"{path}.lock", "a"))
                 fcntl.flock(handle, fcntl.LOCK_EX)
             else:
-                connection = held.enter_context(_server(url).connect())
-                key = {"key": crc32(f"mergefront:{name}".encode())}
-                connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), key)
-                held.callback(connection.execute, sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
+                _advised(held, url, name, "pg_advisory_lock")
         yield
 
 
@@ -92,24 +89,31 @@ def reserved(url: str, name: str) -> Iterator[bool]:
 
     A process may reserve one name at a time. The system lets go of it if the process dies.
     """
-    path, number = sqlite_path(url), crc32(f"mergefront:reserved:{name}".encode())
+    path = sqlite_path(url)
     with ExitStack() as held:
         with translated(url):
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)  # the storage itself may not exist yet
                 handle = held.enter_context(open(f"{path}.reserved", "a"))
                 try:
-                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, crc32(name.encode()))
                     mine = True
                 except BlockingIOError:
                     mine = False
             else:
-                connection = held.enter_context(_server(url).connect())
-                key = {"key": number}
-                mine = bool(connection.scalar(sqlalchemy.text("select pg_try_advisory_lock(:key)"), key))
-                if mine:
-                    held.callback(connection.execute, sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
+                mine = _advised(held, url, f"reserved:{name}", "pg_try_advisory_lock")
         yield mine
+
+
+def _advised(held: ExitStack, url: str, name: str, function: str) -> bool:
+    """Takes an advisory lock of PostgreSQL until `held` ends; False if a function that does not wait had to."""
+    # Without a transaction, which would stand open as long as the lock is held.
+    connection = held.enter_context(_server(url).connect().execution_options(isolation_level="AUTOCOMMIT"))
+    key = {"key": crc32(f"mergefront:{name}".encode())}
+    if connection.scalar(sqlalchemy.text(f"select {function}(:key)"), key) is False:
+        return False
+    held.callback(connection.execute, sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
+    return True
 
 
 @cache

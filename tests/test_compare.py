@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from search.compare.runs import checkpoints, run_entries
 from search.compare.standings import Outcome, Standings, _standing, read_standings
 from search.compare.table import comparison_table
 from search.config import load_study_file
+from search.database import reserved
 from search.errors import ConfigError
 from search.front import hypervolume, worst_corner
 from search.materials import Materials
@@ -135,6 +137,26 @@ def test_a_finished_comparison_is_read_not_run(tmp_path: Path) -> None:
     first = [store.trials() for store in run_entries(every, materials, url)]
     again, fresh, _ = opened(tmp_path, seeds=1, evaluations=13)
     assert [store.trials() for store in run_entries(again, fresh, url)] == first
+
+
+def test_what_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
+    every, materials, url = opened(tmp_path, seeds=1, evaluations=12)
+    with reserved(url, every[1].config.name):
+        # This very process holds it: what a process holds it may take again, so the helper is another one.
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:
+            names = pool.apply(helped, (tmp_path,))
+    assert names == [every[0].config.name, every[2].config.name]
+    said: list[str] = []
+    stores = run_entries(every, materials, url, done=lambda entry, *_: said.append(entry.config.name))
+    assert [store.name for store in stores] == [entry.config.name for entry in every]
+    assert said == [every[1].config.name], "the others were finished"
+
+
+def helped(folder: Path) -> list[str]:
+    """Names of what a helping process finished."""
+    every, materials, url = opened(folder, seeds=1, evaluations=12)
+    return [store.name for store in run_entries(every, materials, url, helping=True)]
 
 
 def test_two_processes_give_the_table_of_one(cli: Cli, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def run_entries(
     Args:
         helping: come back when what is left is in the hands of others; else wait for these, and take over what a dead
             process left.
-        done: called after each entry with its store and the seconds it took.
+        done: called after each entry that this process ran, with its store and the seconds it took.
 
     Returns:
         The stores of the entries that this process finished or found finished, in the order of the entries.
@@ -58,9 +58,10 @@ def run_entries(
                 began = time.monotonic()
                 assert entry.config.tokens is not None, "a comparison counts tokens"
                 store, own = create(entry.config, url, materials=materials.under(entry.config))
+                there = len(store.trials())
                 run(store, own, checkpoints=checkpoints(entry.config.tokens), memory=memory)
                 stores[name] = store
-            if done is not None:
+            if done is not None and len(store.trials()) > there:
                 done(entry, store, time.monotonic() - began)
         if len(stores) == before:
             if helping:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Partition = tuple[tuple[int, ...], ...]  # blocks of indices of groups, by their first index
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # studies that importances are read from are no news
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # studies that importances are read from are no news
 
 TOP = 0.25  # PED-ANOVA compares this share of the trials, the best by one objective, with all of them
 _BLOCKS = "mergefront:blocks"

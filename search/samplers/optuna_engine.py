@@ -34,7 +34,7 @@ from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
 from search.storage import State, TrialRecord
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # a mirror of a study is no news
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # a mirror of a study is no news
 
 POPULATION = 16  # Optuna's default of 50 would make most merge studies a random search
 STARTUP = 20  # the eleven baselines count among them; the rest is random
