@@ -30,6 +30,7 @@ from search.plots.comparison import _median_attainment, comparison_figure
 from search.storage import StudyStore
 from tests.conftest import Cli
 from tests.pico_study import write_study
+from tests.scripts import load_script
 
 FIRST = len(BASELINES)
 ENGINES = "random,composite:startup=3"
@@ -90,9 +91,10 @@ def test_the_numbers_are_those_of_each_studys_board(
         volumes = [volume(board, board.front) for board in boards]
         assert standing.report.value == pytest.approx(np.mean(volumes))
         assert standing.spread == pytest.approx((min(volumes), max(volumes)))
-        assert standing.search == pytest.approx(
+        assert standing.search[-1] == pytest.approx(
             np.mean([board.hypervolume["search"].front for board in boards])
         )
+        assert list(standing.search) == sorted(standing.search), "more tokens never lose what was found"
         assert found.rivals[0].report.value == pytest.approx(volume(boards[0], boards[0].uniform_line()))
     temperature = next(one for one in found.rivals if one.label == "post + temperature")
     (row,) = [row for row in boards[0].alternatives if row.label == "post + temperature"]
@@ -137,6 +139,32 @@ def test_a_finished_comparison_is_read_not_run(tmp_path: Path) -> None:
     first = [store.trials() for store in run_entries(every, materials, url)]
     again, fresh, _ = opened(tmp_path, seeds=1, evaluations=13)
     assert [store.trials() for store in run_entries(again, fresh, url)] == first
+
+
+def test_the_limit_is_the_front_of_everything(
+    run_once: tuple[list[Any], list[StudyStore], Standings],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, stores, found = run_once
+    limit = load_script("quickstart/limit.py")
+    monkeypatch.setattr("sys.argv", ["limit.py", "--storage", stores[0].url])
+    limit.main()
+    first, *table = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{len(stores)} studies, {16 * len(stores)} trials of ")
+    rows = {
+        cells[0]: cells for line in table[2:] if (cells := [c.strip() for c in line.strip("|").split("|")])
+    }
+    values = np.array([r.values for store in stores for r in store.trials()])
+    parents = [r.values for r in stores[0].trials() if r.kind in ("pre", "post")]
+    corner = worst_corner(np.array(parents), maximise=(True, False))
+    everything = hypervolume(values, corner, maximise=(True, False))
+    assert rows[limit.POOLED][3] == f"{1000 * everything:.2f}"
+    for one in found.standings:
+        cells = rows[f"pico-{one.label.replace(':', '-').replace('=', '-')}"]
+        assert (cells[1], cells[3]) == (str(one.seeds), f"{1000 * one.search[-1]:.2f}")
+        assert float(cells[4]) == pytest.approx(one.search[-1] / everything, abs=1e-3)
+        assert cells[5].startswith(f"{1000 * one.report.value:.2f} [")
 
 
 def test_what_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
@@ -235,7 +263,7 @@ def test_a_front_twice_as_large_on_every_resample_is_twice_as_large() -> None:
     twice = Volume(2.0, 2.0 * line.samples)
 
     def outcome(label: str, volume: Volume) -> Outcome:
-        return Outcome(label, 0, 1, (1,), (1.0,), (volume,), volume, 1.0, np.zeros((1, 2)), {})
+        return Outcome(label, 0, 1, (1,), (1.0,), (volume,), volume, (1.0,), np.zeros((1, 2)), {})
 
     base = outcome(LINE, line)
     found = _standing([outcome("a", twice)] * 3, base, Volume(4.0, 4.0 * line.samples))

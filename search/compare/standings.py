@@ -28,7 +28,7 @@ class Outcome:
         tokens: scored tokens up to each complete trial; volumes: hypervolume on the search split after it.
         report: hypervolume of the front of each checkpoint; the last is the whole budget's.
         with_temperature: of the last front and `post` + temperature together.
-        search: hypervolume of the last front on the search split.
+        search: hypervolume on the search split at each checkpoint.
         points: `(f, m)` objectives of the last front on the report split.
         optimism: by objective, how much better the front's search trials looked on the search split than on the
             report split, beyond what parents and uniform line did; above 0 is the winner's curse. Empty if the front
@@ -42,7 +42,7 @@ class Outcome:
     volumes: tuple[float, ...]
     report: tuple[Volume, ...]
     with_temperature: Volume
-    search: float
+    search: tuple[float, ...]
     points: Floats
     optimism: Mapping[str, float]
 
@@ -52,7 +52,8 @@ class Standing:
     """One entrant over its seeds: means, with intervals.
 
     Attributes:
-        report: hypervolume on the report split. at: its mean at each checkpoint.
+        search: hypervolume on the search split at each checkpoint. report: on the report split at the last one.
+        at: on the report split at each.
         gain: over the uniform line at the same budget. over_line: times the line's. over_temperature: how many times
             the hypervolume of `post` + temperature is that of both together. None where there is no hypervolume, or
             none on a resample.
@@ -63,7 +64,7 @@ class Standing:
     seeds: int
     trials: float
     tokens: float
-    search: float
+    search: tuple[float, ...]
     report: Cell
     at: tuple[float, ...]
     spread: tuple[float, float]
@@ -87,8 +88,13 @@ class Standing:
             "seeds": self.seeds,
             "trials": self.trials,
             "tokens": self.tokens,
-            "hypervolume": {"search": self.search, "report": cells["report"], "spread": list(self.spread)},
+            "hypervolume": {
+                "search": self.search[-1],
+                "report": cells["report"],
+                "spread": list(self.spread),
+            },
             "at": list(self.at),
+            "at_search": list(self.search),
             "gain": cells["gain"],
             "over_line": cells["over_line"],
             "over_temperature": cells["over_temperature"],
@@ -191,7 +197,8 @@ def _outcome(judge: Judge, entry: Entry, store: StudyStore, checkpoints: Sequenc
     records = store.trials()
     done = [record for record in records if record.state == "complete"]
     scores = Scores(store)
-    fronts = [front_of(within_tokens(records, tokens), judge.maximize) for tokens in checkpoints]
+    reached = [within_tokens(records, tokens) for tokens in checkpoints]
+    fronts = [front_of(there, judge.maximize) for there in reached]
     if any(scores.digest(number, "report") is None for front in fronts for number in front):
         raise ConfigError(f"study '{store.name}' is not complete. Run the comparison again to continue it.")
     rows = [[judge.row(scores, number) for number in sorted(front)] for front in fronts]
@@ -208,7 +215,7 @@ def _outcome(judge: Judge, entry: Entry, store: StudyStore, checkpoints: Sequenc
         volumes=tuple(volumes),
         report=tuple(judge.volume(front) for front in rows),
         with_temperature=judge.volume([*last, *beside]),
-        search=volumes[-1],
+        search=tuple(judge.searched(there) for there in reached),
         points=np.array([row.values for row in last]),
         optimism=_optimism(judge, done, fronts[-1], scores),
     )
@@ -245,7 +252,7 @@ def _standing(outcomes: Sequence[Outcome], line: Outcome, temperature: Volume | 
         seeds=len(outcomes),
         trials=float(np.mean([one.trials for one in outcomes])),
         tokens=float(np.mean([one.tokens[-1] for one in outcomes])),
-        search=float(np.mean([one.search for one in outcomes])),
+        search=tuple(np.mean([one.search for one in outcomes], axis=0).tolist()),
         report=report.cell,
         at=tuple(np.mean([[v.value for v in one.report] for one in outcomes], axis=0).tolist()),
         spread=(min(one.value for one in last), max(one.value for one in last)),

@@ -39,7 +39,7 @@ def comparison_table(found: Standings) -> str:
 
 def _row(one: Standing, found: Standings) -> list[str]:
     low, high = one.spread
-    cells = [one.label, str(one.seeds), f"{one.trials:.0f}", _thousandths(one.search)]
+    cells = [one.label, str(one.seeds), f"{one.trials:.0f}", _thousandths(one.search[-1])]
     cells += [_thousandths(value) for value in one.at[:-1]]
     cells += [_volume(one.report), f"{_thousandths(low)} to {_thousandths(high)}"]
     cells += [_more(one.gain), _times(one.over_line), _times(one.over_temperature)]

@@ -2,9 +2,9 @@
 
     python studies/quickstart/limit.py --storage sqlite:///runs/quickstart/study.db --storage sqlite:///runs/limit.db
 
-Pools the complete trials of all studies in the storages with the parents, groups, questions and objectives of the
-first one's. The pooled front is chosen on the search split; each of its points is on the front of its own study, so its
-report split is scored already. Nothing is merged or scored here.
+Pools the complete trials of all finished studies in the storages with the parents, groups, questions and objectives
+of the first one. The pooled front is chosen on the search split; each of its points is on the front of its own study,
+so its report split is scored already. Nothing is merged or scored here.
 
 A row is an entrant of the comparison, over its seeds: the hypervolume of its front as the budget left it, over the
 pooled front's, on either split. Brackets: 95 % bootstrap intervals over questions and seeds.
@@ -40,18 +40,23 @@ class Member:
     front: list[tuple[TrialRecord, Row]]
 
 
-def member(store: StudyStore, judge: Judge) -> Member | None:
-    """None if the front is not scored on the report split: the study is not finished."""
+def finished(store: StudyStore) -> bool:
+    """Whether its front is scored on the report split."""
+    done = complete(store)
+    numbers = front_of(done, [maximize for _, maximize in store.attribute("objectives") or ()])
     scores = Scores(store)
-    done = [record for record in store.trials() if record.state == "complete"]
+    return bool(done) and all(scores.digest(number, "report") is not None for number in (0, *numbers))
+
+
+def complete(store: StudyStore) -> list[TrialRecord]:
+    return [record for record in store.trials() if record.state == "complete"]
+
+
+def member(store: StudyStore, judge: Judge) -> Member:
+    scores, done = Scores(store), complete(store)
     numbers = front_of(done, judge.maximize)
-    if not done or any(scores.digest(number, "report") is None for number in numbers):
-        return None
-    return Member(
-        store.name,
-        done,
-        [(record, judge.row(scores, record.number)) for record in done if record.number in numbers],
-    )
+    front = [(record, judge.row(scores, record.number)) for record in done if record.number in numbers]
+    return Member(store.name, done, front)
 
 
 def pooled(members: Sequence[Member], judge: Judge) -> list[tuple[TrialRecord, Row]]:
@@ -81,12 +86,16 @@ def main() -> None:
         for url in parser.parse_args().storage
         for name in sorted(optuna.get_all_study_names(connect(url, create=False)))
     ]
-    judge, first = Judge(stores[0]), _questions(stores[0])
-    pool = [found for one in stores if _questions(one) == first and (found := member(one, judge)) is not None]
+    ready = [store for store in stores if finished(store)]
+    if not ready:
+        parser.error("none of these studies is finished; resume them first")
+    judge, first = Judge(ready[0]), _questions(ready[0])
+    pool = [member(store, judge) for store in ready if _questions(store) == first]
     best = pooled(pool, judge)
     limit, searched = volume(best, judge), judge.searched([record for record, _ in best])
     trials = sum(len(one.done) for one in pool)
-    print(f"{len(pool)} studies, {trials:,} trials; {len(best)} on the pooled front")
+    recipes = len({record.attributes["recipe"] for one in pool for record in one.done})
+    print(f"{len(pool)} studies, {trials:,} trials of {recipes:,} recipes; {len(best)} on the pooled front")
     print("| studies | seeds | trials | HV search | of the limit | HV report | of the limit |")
     print("|---|---|---|---|---|---|---|")
     print(f"| {POOLED} | | {trials:,} | {1000 * searched:.2f} | 1 | {_volume(limit.cell)} | 1 |")
