@@ -183,8 +183,8 @@ class StepGradient:
         )
 
 
-def dealt(questions: Sequence[Question], size: int | None, seed: int) -> list[tuple[Question, ...]]:
-    """The questions dealt out at random to parts of `size` or a little more, each in the split's order; None: one."""
-    count = max(1, len(questions) // (size or len(questions)))
+def dealt(questions: Sequence[Question], size: int, seed: int) -> list[tuple[Question, ...]]:
+    """The questions dealt out at random to parts of `size` or a little more, each in the split's order."""
+    count = max(1, len(questions) // size)
     order = np.random.default_rng(seed).permutation(len(questions))
     return [tuple(questions[i] for i in sorted(part)) for part in np.array_split(order, count)]
