@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from search.errors import MergeError
-from search.merging import linear
 from search.merging.checkpoint import SINGLE
 from search.merging.live import LiveModel
+from search.merging.methods import linear
 from search.merging.methods.linear import linear_weights, merge_linear, weighted_sum
 from search.merging.methods.slerp import angle, slerp_weights
 from search.merging.parents import Parents
