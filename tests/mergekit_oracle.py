@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -69,11 +68,3 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(
         a.contiguous().view(torch.int32), b.contiguous().view(torch.int32)
     )
-
-
-@pytest.fixture
-def stable_sort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch sorts equal values by their positions, as it does on processors without AVX2."""
-    argsort, sort = torch.argsort, torch.sort
-    monkeypatch.setattr(torch, "argsort", lambda x, *a, **k: argsort(x, *a, **{**k, "stable": True}))
-    monkeypatch.setattr(torch, "sort", lambda x, *a, **k: sort(x, *a, **{**k, "stable": True}))

@@ -27,8 +27,9 @@ def mask_order(stored: Sequence[Collection[str]], tied: Mapping[str, str]) -> tu
     while it reads (fused experts) has no place here.
 
     Args:
-        stored: of every parent, the base included, the names of its floating-point tensors. Leave out buffers that
-            mergekit does not merge, as the inverse frequencies of old Llamas; GPT-NeoX's it does.
+        stored: of every parent, the base included, the names of its tensors. Leave out buffers that mergekit does not
+            merge, as the inverse frequencies of old Llamas. GPT-NeoX's it does, of whatever type they are stored:
+            `dtype: float32` makes numbers of them, and each gets its masks.
         tied: alias -> the stored tensor that it shares, as config.json ties them.
 
     Raises:
