@@ -22,7 +22,7 @@ def by_mergekit(
     seed: int | None = None,
     **parameters: Any,
 ) -> torch.Tensor:
-    """One tensor by mergekit's method object in float32; parameters a expert are lists, `lambda` is `scaling`."""
+    """One tensor by mergekit's method object in float32; parameters per expert are lists, `lambda` is `scaling`."""
     if "scaling" in parameters:
         parameters["lambda"] = parameters.pop("scaling")
     inputs = [*([] if base is None else [base]), *experts]

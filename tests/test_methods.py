@@ -51,7 +51,7 @@ RANKED: dict[str, dict[str, bool]] = {
 
 @pytest.fixture
 def stable_sort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch sorts equal values by their positions, as it does on processors without AVX2."""
+    """torch sorts equal values by their positions, whatever the processor."""
     argsort, sort = torch.argsort, torch.sort
     monkeypatch.setattr(torch, "argsort", lambda x, *a, **k: argsort(x, *a, **{**k, "stable": True}))
     monkeypatch.setattr(torch, "sort", lambda x, *a, **k: sort(x, *a, **{**k, "stable": True}))
@@ -221,6 +221,7 @@ def test_karcher_by_hand() -> None:
     torch.testing.assert_close(merge_karcher(zero, [east, zero], [1, 1]), east / 2)
     with pytest.raises(MergeError, match="opposite to the mean"):
         merge_karcher(zero, [east, -east], [1, 1])
+    torch.testing.assert_close(merge_karcher(zero, [east, -east], [1, 0]), east)
     chord = merge_karcher(zero, [east, north], [2, 1], steps=0)
     torch.testing.assert_close(chord, 8 / 3 * torch.tensor([2.0, 1.0]) / 5**0.5)
 
@@ -351,7 +352,11 @@ def refusals() -> list[Callable[[], torch.Tensor]]:
             "scaling": [float("nan"), float("inf")],
             "gamma": [-0.1, 1.0, float("nan"), [0.1]],
             "epsilon": [-0.1, 0.4, float("nan"), [0.1]],
-            "ranks": [[torch.zeros(4, 3, dtype=torch.int32)] * 2, [torch.zeros(3, 4)] * 2],
+            "ranks": [
+                [torch.zeros(4, 3, dtype=torch.int32)] * 2,
+                [torch.zeros(3, 4)] * 2,
+                [torch.zeros(3, 4, dtype=torch.int32)],
+            ],
         }.items():
             if name in inspect.signature(merge).parameters:
                 for value in values:

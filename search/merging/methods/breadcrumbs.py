@@ -9,7 +9,7 @@ import torch
 from search.errors import MergeError
 from search.merging.methods.checks import check_tensors, densities, per_expert
 from search.merging.methods.consensus import combine
-from search.merging.methods.sparsify import Kept, check_ranks, kept, smallest
+from search.merging.methods.sparsify import Kept, check_ranks, kept, places, smallest
 
 
 def merge_breadcrumbs(
@@ -36,9 +36,9 @@ def merge_breadcrumbs(
 
     Args:
         base, experts: tensors `(...)` of one shape and one dtype, float32, bfloat16 or float16; not changed.
-        weights: one a expert, any finite number.
-        density: above 0, at most 1; one for all or one a expert.
-        gamma: share of outliers, at least 0 and below 1; one for all or one a expert.
+        weights: one per expert, any finite number.
+        density: above 0, at most 1; one for all or one per expert.
+        gamma: share of outliers, at least 0 and below 1; one for all or one per expert.
         normalize: divide the sum by the sum of the weights, unless that is below 1e-8 in magnitude.
         rescale: restore the sum of magnitudes.
         scaling: mergekit's `lambda`, any finite number.
@@ -88,17 +88,17 @@ def _mask(
     if not all(0.0 <= outlier < 1.0 for outlier in outliers):
         raise MergeError(f"merge: gamma is {outliers} (wanted at least 0 and below 1).")
     masks: list[Kept | None] = []
-    for k, (expert, share, outlier) in enumerate(zip(experts, shares, outliers, strict=True)):
+    known = check_ranks(ranks, base, experts)
+    for expert, share, outlier, rank in zip(experts, shares, outliers, known, strict=True):
         if share == 1.0:
             masks.append(None)
             continue
         size, count = base.numel(), int(share * base.numel())
         low = max(0, size - count - int(outlier * size))
         vector = expert.float() - base.float()
-        if ranks is None:
-            mask = smallest(vector, low + count) ^ smallest(vector, low)
+        if rank is None:
+            mask = smallest(vector, low + count).sub_(smallest(vector, low))
         else:
-            rank = check_ranks(ranks[k], vector)
-            mask = (rank >= low) & (rank < low + count)
+            mask = places(rank, low, low + count)
         masks.append(kept(vector, mask, rescale))
     return masks

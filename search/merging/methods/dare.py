@@ -33,8 +33,8 @@ def merge_dare_linear(
 
     Args:
         base, experts: tensors `(...)` of one shape and one dtype, float32, bfloat16 or float16; not changed.
-        weights: one a expert, any finite number.
-        density: above 0, at most 1; one for all or one a expert.
+        weights: one per expert, any finite number.
+        density: above 0, at most 1; one for all or one per expert.
         generator: moves on by one number for each element of each expert, in order; a density of 1 draws nothing.
         normalize: divide the sum by the sum of the weights, unless that is below 1e-8 in magnitude.
         rescale: restore the sum of magnitudes; else s_k is 1.
@@ -83,6 +83,6 @@ def _drop(
         if share == 1.0:
             masks.append(None)
             continue
-        mask = (uniform_draws(base.shape, generator) < share).to(base.device)
+        mask = uniform_draws(base.shape, generator).lt_(share).to(base.device)
         masks.append(kept(expert.float() - base.float(), mask, rescale) if rescale else Kept(mask))
     return masks

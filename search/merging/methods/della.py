@@ -46,11 +46,11 @@ def merge_della(
     Args:
         base, experts: tensors `(...)` of one shape and one dtype, float32, bfloat16 or float16; not changed. Rows
             lie in dimension 1.
-        weights: one a expert, any finite number.
-        density: above 0, at most 1, where 1 keeps all; one for all or one a expert.
+        weights: one per expert, any finite number.
+        density: above 0, at most 1, where 1 keeps all; one for all or one per expert.
         generator: moves on by one number for each element of each expert, in order; a density of 1 draws nothing.
         epsilon: at least 0, with `density - epsilon` and `density + epsilon` between 0 and 1 (unless density is 1);
-            one for all or one a expert.
+            one for all or one per expert.
         normalize: divide each element by the weights that count in it, as in `merge_ties`.
         rescale: restore the sum of magnitudes.
         scaling: the paper's and mergekit's `lambda`, any finite number.
@@ -107,14 +107,15 @@ def _prune(
                 "(wanted at least 0, and density - epsilon and density + epsilon between 0 and 1)."
             )
     masks: list[Kept | None] = []
-    for k, (expert, share, spread) in enumerate(zip(experts, shares, spreads, strict=True)):
+    known = check_ranks(ranks, base, experts)
+    for expert, share, spread, rank in zip(experts, shares, spreads, known, strict=True):
         if share == 1.0:
             masks.append(None)
             continue
         vector = expert.float() - base.float()
-        rank = magnitude_ranks(vector, rows=True) if ranks is None else check_ranks(ranks[k], vector)
+        rank = magnitude_ranks(vector, rows=True) if rank is None else rank
         chance = _probabilities(rank, share, spread).to(generator.device)
-        mask = (uniform_draws(base.shape, generator) < chance).to(base.device)
+        mask = uniform_draws(base.shape, generator).lt_(chance).to(base.device)
         masks.append(kept(vector, mask, rescale))
     return masks
 

@@ -30,7 +30,7 @@ def merge_model_stock(
     Args:
         base, experts: tensors `(...)` of one shape and one dtype, float32, bfloat16 or float16; not changed. At
             least two experts.
-        weights: one a expert, finite, with a sum other than zero.
+        weights: one per expert, finite, with a sum other than zero.
         rows: a t for every row (the last dimension) instead of one for the tensor.
         ratio: `stock_ratio(base, experts, rows=rows)`, which depends on the tensors alone.
 

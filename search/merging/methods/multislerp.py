@@ -38,13 +38,14 @@ def merge_multislerp(
 
     Args:
         base, experts: tensors `(...)` of one shape and one dtype, float32, bfloat16 or float16; not changed.
-        weights: one a expert, finite.
+        weights: one per expert, finite.
         normalize: divide the weights by their sum, which is then not zero.
         around_base: mix task vectors; else the experts themselves, and `base` does not enter.
         table: `gram(experts, base)`, without `base` if not around it; it leaves a weighted sum to do.
 
     Returns:
-        float32 tensor `(...)`; the expert if there is one, the base if all task vectors are zero (mergekit stops).
+        float32 tensor `(...)`; the expert if there is one, the base if every task vector with a weight is
+        zero (mergekit stops).
 
     Raises:
         MergeError: no experts, another number of weights, tensors that differ, or three and more vectors
@@ -75,7 +76,7 @@ def multislerp_weights(table: Array, weights: Sequence[float], *, normalize: boo
     norms = np.sqrt(np.diag(table))
     per_unit = part / (norms + _TINY)
     length = math.sqrt(max(0.0, float(per_unit @ table @ per_unit)))
-    if not norms.any():
+    if not (part * norms).any():
         return [0.0] * len(part)
     if length < _TINY:
         if len(part) == 2:

@@ -2,12 +2,14 @@
 
 Magnitudes are compared as the integers that their bits are, which have the same order. Among equal magnitudes
 the position decides, so that the choice is the same on every machine. mergekit leaves that choice to
-`torch.argsort`, which since torch 2.7 depends on the processor; `magnitude_ranks(..., stable=False)` gives its
-order on this machine. Differences of bfloat16 parents are full of equal magnitudes.
+`torch.argsort`, whose vectorised sorting orders equal values by the instructions that a processor has;
+`magnitude_ranks(..., stable=False)` gives its order on this machine. It matters: the differences of bfloat16 parents
+are full of equal magnitudes, and in a TIES merge of such parents up to a tenth of the elements hangs on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +28,8 @@ class Kept:
     """The elements that a sparsified task vector keeps, and the factor on them.
 
     Attributes:
-        mask: bool `(...)`.
-        scale: 1.0, or what restores the sum of magnitudes (`restoring`).
+        mask: float32 `(...)` of zeros and ones, with which torch multiplies faster than with truth values.
+        scale: 1.0, or what restores the sum of magnitudes (`kept`).
     """
 
     mask: torch.Tensor
@@ -49,13 +51,13 @@ def kept(vector: torch.Tensor, mask: torch.Tensor, rescale: bool) -> Kept:
 
 
 def largest(vector: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask `(...)` of the `count` elements of largest magnitude; among equal ones the first."""
-    return _first(-_keys(vector), count).reshape(vector.shape)
+    """Mask `(...)`, ones for the `count` elements of largest magnitude; among equal ones the first."""
+    return _first(-_keys(vector), count).reshape(vector.shape).to(vector.device)
 
 
 def smallest(vector: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask `(...)` of the `count` elements of smallest magnitude; among equal ones the first."""
-    return _first(_keys(vector), count).reshape(vector.shape)
+    """Mask `(...)`, ones for the `count` elements of smallest magnitude; among equal ones the first."""
+    return _first(_keys(vector), count).reshape(vector.shape).to(vector.device)
 
 
 def uniform_draws(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -64,6 +66,12 @@ def uniform_draws(shape: torch.Size, generator: torch.Generator) -> torch.Tensor
     `draws < p` is bit for bit what `torch.bernoulli` gives at probability p, three times as fast.
     """
     return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def places(ranks: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Mask `(...)` of zeros and ones for the ranks from `low` up to but not including `high`."""
+    mask = torch.lt(ranks, high, out=torch.empty(ranks.shape, device=ranks.device))
+    return mask.sub_(torch.lt(ranks, low, out=torch.empty_like(mask))) if low else mask
 
 
 def magnitude_ranks(
@@ -89,8 +97,8 @@ def magnitude_ranks(
     keys = ((-bits if descending else bits) << 32) + np.arange(table.shape[1])
     keys.sort(axis=-1)
     ranks = np.empty(lines.shape, dtype=np.int32)
-    places = np.broadcast_to(np.arange(table.shape[1], dtype=np.int32), lines.shape)
-    np.put_along_axis(ranks, keys & 0xFFFFFFFF, places, axis=-1)
+    spread = np.broadcast_to(np.arange(table.shape[1], dtype=np.int32), lines.shape)
+    np.put_along_axis(ranks, keys & 0xFFFFFFFF, spread, axis=-1)
     return torch.from_numpy(ranks).movedim(-1, 1).to(vector.device).reshape(vector.shape)
 
 
@@ -99,20 +107,29 @@ def row_view(vector: torch.Tensor) -> torch.Tensor:
     return vector if vector.dim() > 1 else vector.reshape(1, -1)
 
 
-def check_ranks(ranks: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """Refuse ranks of another shape."""
-    if ranks.shape != vector.shape or ranks.dtype != torch.int32:
+def check_ranks(
+    ranks: Sequence[torch.Tensor] | None, base: torch.Tensor, experts: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """The ranks of each expert, or None for each; refuses another number, shape or dtype of them."""
+    if ranks is None:
+        return [None] * len(experts)
+    for one in ranks:
+        if one.shape != base.shape or one.dtype != torch.int32:
+            raise MergeError(
+                f"merge: ranks {tuple(one.shape)} {one.dtype} for tensors {tuple(base.shape)} "
+                "(wanted the same shape, int32)."
+            )
+    if len(ranks) != len(experts):
         raise MergeError(
-            f"merge: ranks {tuple(ranks.shape)} {ranks.dtype} for a tensor {tuple(vector.shape)} "
-            "(wanted the shape of the tensor, int32)."
+            f"merge: {len(ranks)} tensors of ranks for {len(experts)} experts. Give one for each."
         )
-    return ranks
+    return list(ranks)
 
 
 def _ranks_of_torch(table: torch.Tensor, descending: bool) -> torch.Tensor:
     order = torch.argsort(table.abs(), dim=1, descending=descending)
-    places = torch.arange(order.shape[1], dtype=torch.int32, device=order.device)
-    spread = places.reshape(1, -1, *[1] * (order.dim() - 2)).expand(order.shape)
+    positions = torch.arange(order.shape[1], dtype=torch.int32, device=order.device)
+    spread = positions.reshape(1, -1, *[1] * (order.dim() - 2)).expand(order.shape)
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, spread)
 
 
@@ -126,12 +143,12 @@ def _keys(vector: torch.Tensor) -> Keys:
 def _first(keys: Keys, count: int) -> torch.Tensor:
     """Mask of the `count` smallest keys; among equal ones the first."""
     if count <= 0 or count >= keys.size:
-        return torch.full((keys.size,), count > 0)
+        return torch.full((keys.size,), float(count > 0))
     limit = _value_at(keys, count - 1)
     mask = keys < limit
     missing = count - int(np.count_nonzero(mask))
     mask[np.flatnonzero(keys == limit)[:missing]] = True
-    return torch.from_numpy(mask)
+    return torch.from_numpy(mask).float()
 
 
 def _value_at(keys: Keys, place: int) -> int:

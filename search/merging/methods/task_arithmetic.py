@@ -23,7 +23,7 @@ def merge_task_arithmetic(
 
     Args:
         base, experts: tensors `(...)` of one shape and one dtype, float32, bfloat16 or float16; not changed.
-        weights: one a expert, any finite number.
+        weights: one per expert, any finite number.
         normalize: divide the sum by the sum of the weights, unless that is below 1e-8 in magnitude.
         scaling: mergekit's `lambda`, any finite number.
 

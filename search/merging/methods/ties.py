@@ -8,7 +8,7 @@ import torch
 
 from search.merging.methods.checks import check_tensors, densities
 from search.merging.methods.consensus import combine
-from search.merging.methods.sparsify import Kept, check_ranks, kept, largest
+from search.merging.methods.sparsify import Kept, check_ranks, kept, largest, places
 
 
 def merge_ties(
@@ -35,8 +35,8 @@ def merge_ties(
 
     Args:
         base, experts: tensors `(...)` of one shape and one dtype, float32, bfloat16 or float16; not changed.
-        weights: one a expert, any finite number.
-        density: above 0, at most 1, where 1 keeps all; one for all or one a expert.
+        weights: one per expert, any finite number.
+        density: above 0, at most 1, where 1 keeps all; one for all or one per expert.
         normalize: divide each element by the weights that count in it, the paper's mean; else the sum.
         rescale: restore the sum of magnitudes that trimming took.
         scaling: the paper's and mergekit's `lambda`, any finite number.
@@ -50,21 +50,18 @@ def merge_ties(
         MergeError: no experts, another number of weights, tensors that differ, a number out of its range.
     """
     check_tensors(base, experts)
-    trimmed = [
-        _trim(base, expert, share, rescale, None if ranks is None else ranks[k])
-        for k, (expert, share) in enumerate(zip(experts, densities(density, experts), strict=True))
-    ]
+    shares, known = densities(density, experts), check_ranks(ranks, base, experts)
+    trimmed = [_trim(base, *one, rescale) for one in zip(experts, shares, known, strict=True)]
     return combine(base, experts, weights, trimmed, elect=True, normalize=normalize, scaling=scaling)
 
 
 def _trim(
-    base: torch.Tensor, expert: torch.Tensor, density: float, rescale: bool, ranks: torch.Tensor | None
+    base: torch.Tensor, expert: torch.Tensor, density: float, ranks: torch.Tensor | None, rescale: bool
 ) -> Kept | None:
     if density == 1.0 or not base.numel():
         return None
     count = max(1, int(density * base.numel()))
     if ranks is not None and not rescale:
-        return Kept(check_ranks(ranks, base) < count)
+        return Kept(places(ranks, 0, count))
     vector = expert.float() - base.float()
-    mask = largest(vector, count) if ranks is None else check_ranks(ranks, vector) < count
-    return kept(vector, mask, rescale)
+    return kept(vector, largest(vector, count) if ranks is None else places(ranks, 0, count), rescale)

@@ -27,7 +27,7 @@ def merge_tsv(
 
     Args:
         base, experts: tensors `(...)` of one shape and one dtype, float32, bfloat16 or float16; not changed.
-        weights: one a expert, any finite number.
+        weights: one per expert, any finite number.
         directions: `tsv_directions(base, experts)`; computed once, they leave a weighted sum to do.
 
     Returns:

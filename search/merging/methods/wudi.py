@@ -65,7 +65,7 @@ def wudi_direction(
         base, experts: tensors `(out, in)` of a linear layer, of one dtype, float32, bfloat16 or float16; not
             changed. Any number of dimensions other than two gives zero, so that the merge is the base;
             embeddings are no linear layers and are not for this method.
-        weights: one a expert, finite: `t_k = w_k (e_k - base)`. A zero t_k is no expert, so one expert alone
+        weights: one per expert, finite: `t_k = w_k (e_k - base)`. A zero t_k is no expert, so one expert alone
             gives t_k.
         steps: at least 0; 0 gives the sum.
         rate: learning rate, above 0.
