@@ -176,8 +176,8 @@ def test_densities_are_kept_and_magnitudes_restored(seed: int, density: float) -
     scaled = merge_ties(zero, [vector], [1.0], density=density, rescale=True)
     torch.testing.assert_close(scaled.abs().sum(), vector.abs().sum())
     mask = largest(vector, max(1, count))
-    assert kept(vector, mask, False).scale == 1.0
-    assert kept(vector * 1e-12, mask, True).scale == 1.0
+    assert kept(zero, vector, mask, False).scale == 1.0
+    assert kept(zero, vector * 1e-12, mask, True).scale == 1.0
 
 
 def test_della_keeps_large_elements_more_often() -> None:

@@ -9,7 +9,7 @@ import torch
 from search.errors import MergeError
 from search.merging.methods.checks import check_tensors, densities, per_expert
 from search.merging.methods.consensus import combine
-from search.merging.methods.sparsify import Kept, check_ranks, kept, places, smallest
+from search.merging.methods.sparsify import Kept, check_ranks, kept, places, smallest, task_vector
 
 
 def merge_breadcrumbs(
@@ -42,7 +42,7 @@ def merge_breadcrumbs(
         normalize: divide the sum by the sum of the weights, unless that is below 1e-8 in magnitude.
         rescale: restore the sum of magnitudes.
         scaling: mergekit's `lambda`, any finite number.
-        ranks: `magnitude_ranks(expert.float() - base.float())` of each expert, which spares the selection.
+        ranks: `magnitude_ranks(task_vector(base, expert))` of each expert, which spares the selection.
 
     Returns:
         float32 tensor `(...)`.
@@ -95,10 +95,10 @@ def _mask(
             continue
         size, count = base.numel(), int(share * base.numel())
         low = max(0, size - count - int(outlier * size))
-        vector = expert.float() - base.float()
         if rank is None:
+            vector = task_vector(base, expert)
             mask = smallest(vector, low + count).sub_(smallest(vector, low))
         else:
             mask = places(rank, low, low + count)
-        masks.append(kept(vector, mask, rescale))
+        masks.append(kept(base, expert, mask, rescale))
     return masks

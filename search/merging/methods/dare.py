@@ -84,5 +84,5 @@ def _drop(
             masks.append(None)
             continue
         mask = uniform_draws(base.shape, generator).lt_(share).to(base.device)
-        masks.append(kept(expert.float() - base.float(), mask, rescale) if rescale else Kept(mask))
+        masks.append(kept(base, expert, mask, rescale))
     return masks

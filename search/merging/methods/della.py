@@ -15,6 +15,7 @@ from search.merging.methods.sparsify import (
     kept,
     magnitude_ranks,
     row_view,
+    task_vector,
     uniform_draws,
 )
 
@@ -54,7 +55,7 @@ def merge_della(
         normalize: divide each element by the weights that count in it, as in `merge_ties`.
         rescale: restore the sum of magnitudes.
         scaling: the paper's and mergekit's `lambda`, any finite number.
-        ranks: `magnitude_ranks(expert.float() - base.float(), rows=True)` of each expert, which spares the sorting.
+        ranks: `magnitude_ranks(task_vector(base, expert), rows=True)` of each expert, which spares the sorting.
 
     Returns:
         float32 tensor `(...)`.
@@ -112,11 +113,11 @@ def _prune(
         if share == 1.0:
             masks.append(None)
             continue
-        vector = expert.float() - base.float()
-        rank = magnitude_ranks(vector, rows=True) if rank is None else rank
+        if rank is None:
+            rank = magnitude_ranks(task_vector(base, expert), rows=True)
         chance = _probabilities(rank, share, spread).to(generator.device)
         mask = uniform_draws(base.shape, generator).lt_(chance).to(base.device)
-        masks.append(kept(vector, mask, rescale))
+        masks.append(kept(base, expert, mask, rescale))
     return masks
 
 

@@ -36,14 +36,20 @@ class Kept:
     scale: float = 1.0
 
 
-def kept(vector: torch.Tensor, mask: torch.Tensor, rescale: bool) -> Kept:
-    """The mask with the scale that belongs to it: `|vector|_1 / |mask * vector|_1` if `rescale`, else 1.
+def task_vector(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """`expert - base` in float32 `(...)`."""
+    return expert.float() - base.float()
 
-    A sum of magnitudes below 1e-7, before or after, is left as it is. The sums are float32 sums of the whole
-    tensor, as torch makes them; with several threads its last bits depend on their number.
+
+def kept(base: torch.Tensor, expert: torch.Tensor, mask: torch.Tensor, rescale: bool) -> Kept:
+    """The mask with the scale that belongs to it: if `rescale`, the sum of magnitudes before over that after; else 1.
+
+    A sum below 1e-7, before or after, is left as it is. The sums are float32 sums of the whole task vector, as
+    torch makes them; with several threads their last bits depend on the number of threads.
     """
     if not rescale:
         return Kept(mask)
+    vector = task_vector(base, expert)
     before, after = vector.abs().sum(), (vector * mask).abs_().sum()
     if before < _TINY or after < _TINY:
         return Kept(mask)

@@ -8,7 +8,7 @@ import torch
 
 from search.merging.methods.checks import check_tensors, densities
 from search.merging.methods.consensus import combine
-from search.merging.methods.sparsify import Kept, check_ranks, kept, largest, places
+from search.merging.methods.sparsify import Kept, check_ranks, kept, largest, places, task_vector
 
 
 def merge_ties(
@@ -40,7 +40,7 @@ def merge_ties(
         normalize: divide each element by the weights that count in it, the paper's mean; else the sum.
         rescale: restore the sum of magnitudes that trimming took.
         scaling: the paper's and mergekit's `lambda`, any finite number.
-        ranks: `magnitude_ranks(expert.float() - base.float(), descending=True)` of each expert, which spares the
+        ranks: `magnitude_ranks(task_vector(base, expert), descending=True)` of each expert, which spares the
             selection.
 
     Returns:
@@ -61,7 +61,6 @@ def _trim(
     if density == 1.0 or not base.numel():
         return None
     count = max(1, int(density * base.numel()))
-    if ranks is not None and not rescale:
-        return Kept(places(ranks, 0, count))
-    vector = expert.float() - base.float()
-    return kept(vector, largest(vector, count) if ranks is None else places(ranks, 0, count), rescale)
+    if ranks is None:
+        return kept(base, expert, largest(task_vector(base, expert), count), rescale)
+    return kept(base, expert, places(ranks, 0, count), rescale)

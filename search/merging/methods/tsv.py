@@ -9,6 +9,7 @@ import torch
 from search.errors import MergeError
 from search.merging.methods.checks import check_tensors, per_expert
 from search.merging.methods.consensus import add_directions
+from search.merging.methods.sparsify import task_vector
 
 _TINY = 1e-10  # squared length of a direction, among unit vectors, that counts as none
 
@@ -66,7 +67,7 @@ def tsv_directions(base: torch.Tensor, experts: Sequence[torch.Tensor]) -> list[
         MergeError: no experts, tensors that differ, or a task vector that is not finite.
     """
     check_tensors(base, experts)
-    vectors = [expert.float() - base.float() for expert in experts]
+    vectors = [task_vector(base, expert) for expert in experts]
     if base.dim() != 2 or not base.numel():
         return [vector / len(vectors) for vector in vectors]
     found = [torch.zeros_like(vector) for vector in vectors]

@@ -10,6 +10,7 @@ import torch
 from search.errors import MergeError
 from search.merging.methods.checks import check_tensors, per_expert
 from search.merging.methods.consensus import add_directions
+from search.merging.methods.sparsify import task_vector
 
 
 def merge_wudi(
@@ -83,9 +84,7 @@ def wudi_direction(
     start = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
     if base.dim() != 2:
         return start
-    scaled = [
-        (expert.float() - base.float()) * factor for expert, factor in zip(experts, factors, strict=True)
-    ]
+    scaled = [(task_vector(base, expert)) * factor for expert, factor in zip(experts, factors, strict=True)]
     vectors = [vector for vector in scaled if vector.count_nonzero()]
     for vector in vectors:
         start += vector
