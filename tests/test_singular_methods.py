@@ -117,7 +117,7 @@ def test_wudi_is_its_definition(count: int, shape: tuple[int, int], spread: floa
     wanted = plain_wudi(vectors, 300, 1e-5)
     moved = float((wanted - sum(vectors)).abs().max())
     assert 1e-3 < moved < 4e-3
-    assert float((direction - wanted).abs().max()) < 0.01 * moved
+    assert float((direction - wanted).abs().max()) < 1e-3 * moved
 
 
 def test_wudi_lowers_its_loss() -> None:
@@ -143,6 +143,8 @@ def test_wudi_at_its_edges() -> None:
     assert not wudi_direction(base[:0], [first[:0]], [1.0]).numel()
     summed = wudi_direction(base, [first, second], [0.5, -1.0], steps=0)
     torch.testing.assert_close(summed, 0.5 * (first - base) - (second - base))
+    tiny = wudi_direction(base, [first, second], [1e-34, 1e-34])
+    assert float(tiny.abs().max()) < 1e-5  # Adam alone; no division by a norm that underflows
     direction = wudi_direction(base, [first, second], [1.0, 1.0])
     half = merge_wudi(base, [first, second], [1.0, 1.0], scaling=0.5, direction=direction)
     torch.testing.assert_close(half, base + 0.5 * direction)
