@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from search.errors import MergeError
+from search.merging.methods.checks import check_pair, rounded
 
 # Elements: 2 MiB of float32, so that one step stays in the cache and starting threads costs little.
 CHUNK = 2**19
@@ -49,8 +50,8 @@ def merge_linear(tensors: Sequence[torch.Tensor], coefficients: Sequence[float])
     first = tensors[0]
     total = torch.zeros(first.shape, dtype=torch.float32, device=first.device)
     for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        _check_pair(first, tensor)
-        factor = torch.tensor(_finite(coefficient), dtype=torch.float32, device=first.device)
+        check_pair(first, tensor)
+        factor = torch.tensor(rounded(coefficient), dtype=torch.float32, device=first.device)
         total.addcmul_(tensor.float(), factor)
     return total.to(first.dtype)
 
@@ -77,14 +78,14 @@ def weighted_sum(
     Raises:
         MergeError: shapes differ, a weight is not finite, or a value does not fit into a float16 `out`.
     """
-    _check_pair(pre, post)
+    check_pair(pre, post)
     if out.shape != pre.shape or not out.is_contiguous():
         raise MergeError(
             f"{name}: shape {tuple(out.shape)} of the model but {tuple(pre.shape)} of the parents."
         )
     fill = _fill_in_cache if out.device.type == "cpu" else _fill_at_once
     target = out.detach().view(-1)
-    fill(pre.reshape(-1), post.reshape(-1), _finite(w_pre), _finite(w_post), target)
+    fill(pre.reshape(-1), post.reshape(-1), rounded(w_pre), rounded(w_post), target)
     if out.dtype == torch.float16 and target.numel():
         low, high = torch.aminmax(target)
         if not max(-float(low), float(high)) <= _HALF:  # written so that NaN fails too
@@ -106,7 +107,7 @@ def coefficient_derivative(gradient: torch.Tensor, pre: torch.Tensor, post: torc
     Raises:
         MergeError: shapes or the parents' dtypes differ.
     """
-    _check_pair(pre, post)
+    check_pair(pre, post)
     if gradient.shape != pre.shape:
         raise MergeError(f"merge: gradient of shape {tuple(gradient.shape)} for {tuple(pre.shape)}.")
     flat, device = gradient.reshape(-1), gradient.device
@@ -152,19 +153,3 @@ def _float32(part: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=1)
 def _zeros() -> torch.Tensor:
     return torch.zeros(CHUNK)
-
-
-def _finite(factor: float) -> float:
-    rounded = float(torch.tensor(factor, dtype=torch.float32))
-    if not abs(rounded) < float("inf"):
-        raise MergeError(f"merge: a weight is {factor} (wanted a finite number).")
-    return rounded
-
-
-def _check_pair(first: torch.Tensor, other: torch.Tensor) -> None:
-    # Broadcasting would accept (3, 4) + (4,) without a word.
-    if first.shape != other.shape or first.dtype != other.dtype:
-        raise MergeError(
-            f"merge: shape {tuple(first.shape)} {first.dtype} with {tuple(other.shape)} {other.dtype}. "
-            "All parents must share one architecture."
-        )
