@@ -19,7 +19,14 @@ from search.anchors.build import Progress, build, open_experts
 from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.starts import FromExperts, FromMerge, FromPre
 from search.anchors.store import Store
-from search.errors import CheckpointError, ConfigError, DiskError, IncompatibleModelsError, MergeError
+from search.errors import (
+    CheckpointError,
+    ConfigError,
+    DiskError,
+    ExportError,
+    IncompatibleModelsError,
+    MergeError,
+)
 from search.merging.checkpoint import Checkpoint
 from search.merging.methods.linear import merge_linear
 from search.merging.parents import Parents
@@ -344,6 +351,11 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     refused(ConfigError, "holds .*work, which the build needs", tmp_path, work)
     refused(ConfigError, "holds .*pre, which the build needs", tmp_path / "pre", work)
     refused(ConfigError, "holds .*inner, which the build needs", out, out / "inner")
+    refused(ConfigError, "Give the pieces a folder of their own", work / "out", work)
+    refused(ExportError, "expert1/config.json: exists", tmp_path / "expert1" / "config.json", work)
+    work.mkdir()
+    refused(ExportError, "work: exists. Give another", work, tmp_path / "other")
+    refused(ExportError, "is not a checkpoint", work, tmp_path / "other", overwrite=True)
     refused(MergeError, "block 0: adapt: the loss went from", adapt=replace(ADAPT, rate=1e30))
     refused(
         MergeError,

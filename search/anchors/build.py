@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +22,11 @@ from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.pieces import Piece, Pieces
 from search.anchors.starts import FromPre, Start
 from search.anchors.store import Store
-from search.errors import ConfigError, MergeError
+from search.errors import ConfigError, ExportError, MergeError
 from search.merging.checkpoint import dtype_name
 from search.merging.parents import Parents
 from search.merging.save import check_saved, save_tensors, size_of
-from search.staging import check_space, disk_errors, locked_folder, staged_folder
+from search.staging import check_space, locked_folder, staged_folder
 
 Phase = Literal["sigma", "construct", "adapt", "write"]
 
@@ -108,32 +109,34 @@ def build(
 
     Args:
         family: from `open_experts`. Config, tokenizer and generation config come from the first expert.
-        out: the checkpoint's folder. work: the folder of finished pieces; delete it when it is no longer needed.
+        out: the checkpoint's folder.
+        work: the folder of finished pieces; delete it when it is no longer needed.
         start: default `FromPre()`.
         data: for `init="data"`, token ids `(n, tokens)` int64 for each expert.
         dtype: of the stored tensors; default that of `pre`'s first tensor. Everything before is float32.
         device: where blocks are computed.
+        overwrite: replace `out` if it is a checkpoint.
         watch: what it raises ends the build; finished pieces stay.
 
     Raises:
-        ConfigError: options, data or coefficients that do not fit. MergeError: a number is not finite.
-        ExportError, DiskError: `out` or `work` cannot be written.
+        ConfigError: options, data, coefficients or folders that do not fit. MergeError: a number is not finite.
+        ExportError: `out` exists. DiskError: `out` or `work` cannot be written.
     """
     options, fitting = anchors or AnchorOptions(), adapt or AdaptOptions()
     beginning = start or FromPre()
     beginning.check(family)
-    _check_places(family, out, work)
+    _check_places(family, out, work, overwrite)
     kind = dtype or family[0].pre.dtype(family[0].names[0])
     pieces = Pieces(family, Store(work), options, fitting, beginning, data, device)
     check_space(work, pieces.bytes)
+    check_space(out, size_of(family[0], kind))
     builder = _Builder(pieces, watch)
     with pieces.store.writing():
         sigma = builder.settle_sigma()
         alignment, losses = builder.blocks()
         with locked_folder(out.parent):
-            for stale in out.parent.glob(f".{out.name}.*.part"):  # of a killed process
+            for stale in out.parent.glob(f".{escape(out.name)}.*.part"):  # of a killed process
                 shutil.rmtree(stale, ignore_errors=True)
-            check_space(out, size_of(family[0], kind))
             with staged_folder(out, overwrite=overwrite) as staging:
                 builder.write(staging, beginning, kind)
     return Built(
@@ -260,11 +263,16 @@ class _Builder:
             self._watch(progress)
 
 
-def _check_places(family: Sequence[Parents], out: Path, work: Path) -> None:
+def _check_places(family: Sequence[Parents], out: Path, work: Path, overwrite: bool) -> None:
+    """What would only come to light hours later, when the checkpoint is written."""
     place = out.resolve()
     for folder in (work.resolve(), *(one.folder for pair in family for one in (pair.pre, pair.post))):
         if folder.is_relative_to(place):
             raise ConfigError(f"{out}: holds {folder}, which the build needs. Give another folder.")
-    with disk_errors(out):
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{out}: is a file. Give a folder.")
+    if work.resolve() == place.parent:  # both are locked, and a process would wait for itself
+        raise ConfigError(f"{work}: holds {out}. Give the pieces a folder of their own.")
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise ExportError(f"{out}: exists. Give another folder, or overwrite it.")
+        if out.is_symlink() or not (out / "config.json").is_file():
+            raise ExportError(f"{out}: is not a checkpoint, so it is not replaced. Remove it yourself.")
