@@ -25,7 +25,8 @@ class Adapted:
 
     Attributes:
         weights: every parameter of the block, float32.
-        losses: `(epochs,)` float64: mean distance of an anchor during each epoch; lower is better.
+        losses: `(epochs,)` float64: mean distance of an anchor during each epoch; lower is better. Empty if there was
+            nothing to fit.
         before, after: mean distance of an anchor at the start and at the end; NaN without anchors.
     """
 
@@ -62,13 +63,8 @@ def adapt(
     inputs = torch.cat([anchors for anchors, _ in pairs])
     targets = torch.cat([outputs for _, outputs in pairs])
     own = {name: tensor.detach() for name, tensor in start.items()}
-    if task_vectors is None:
-        moved = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
-        theta: Callable[[], dict[str, torch.Tensor]] = lambda: moved  # noqa: E731
-        trained = list(moved.values())
-    else:
-        factors = _Factors(own, task_vectors)
-        theta, trained = factors.theta, factors.moves
+    moving = _Tensors(own) if task_vectors is None else _Factors(own, task_vectors)
+    trained = moving.trained
     rate = options.rate or (RATE_FROM_PRE if task_vectors is None else RATE_OF_FACTORS)
     before = _mean_distance(block, own, inputs, targets, options)
     losses = []
@@ -79,18 +75,18 @@ def adapt(
             total = 0.0
             for batch in torch.split(torch.randperm(len(inputs), generator=draw), options.batch):
                 batch = batch.to(inputs.device)
-                found = call(block, theta(), inputs[batch])
-                loss = distances(found, targets[batch], options.distance).mean()
+                found = call(block, moving.theta(), inputs[batch])
+                loss = distances(found, targets[batch], options.distance).sum()
                 gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
                 for tensor, gradient in zip(trained, gradients, strict=True):
                     tensor.grad = gradient
                 optimiser.step()
-                total += float(loss.detach()) * len(batch)
+                total += float(loss.detach())
             losses.append(total / len(inputs))
             if watch is not None:
                 watch(epoch, losses[-1])
         with torch.no_grad():
-            weights = {name: tensor.detach().clone() for name, tensor in theta().items()}
+            weights = {name: tensor.detach().clone() for name, tensor in moving.theta().items()}
     else:
         weights = {name: tensor.clone() for name, tensor in own.items()}
     after = _mean_distance(block, weights, inputs, targets, options)
@@ -101,19 +97,30 @@ def adapt(
     return Adapted(weights, torch.tensor(losses, dtype=torch.float64), before, after)
 
 
+class _Tensors:
+    """theta itself."""
+
+    def __init__(self, start: Weights) -> None:
+        self._theta = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+        self.trained = list(self._theta.values())
+
+    def theta(self) -> dict[str, torch.Tensor]:
+        return self._theta
+
+
 class _Factors:
     """theta = start + sum_k (f_k - initial f_k) * tau_k, in terms of what is added to each factor."""
 
     def __init__(self, start: Weights, task_vectors: Sequence[Weights]) -> None:
         self._start = start
         self._terms: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self.moves: list[torch.Tensor] = []
+        self.trained: list[torch.Tensor] = []
         for vector in task_vectors:
             for name, tau in vector.items():
                 if not bool(tau.any()):
                     continue
                 move = torch.zeros_like(tau).requires_grad_()
-                self.moves.append(move)
+                self.trained.append(move)
                 self._terms.setdefault(name, []).append((move, tau))
 
     def theta(self) -> dict[str, torch.Tensor]:

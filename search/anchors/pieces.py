@@ -129,8 +129,7 @@ class Pieces:
         for expert in range(len(self.family)):
             piece = self.anchors(index, expert, None).tensors
             pairs.append((piece["anchors"].to(self._device), piece["targets"].to(self._device)))
-        experts = [self._weights(index, expert) for expert in range(len(self.family))]
-        begun = self._start.block(self.blocks, index, self._weights(index), experts)
+        begun = self._start.block(self.blocks, index, self._weights(index), lambda: self._experts(index))
         made = adapt_block(
             self.blocks[index], begun.weights, pairs, self.adapt, task_vectors=begun.task_vectors, watch=tell
         )
@@ -176,6 +175,9 @@ class Pieces:
             at += 1
         self._hidden[expert] = at, hidden
         return hidden
+
+    def _experts(self, index: int) -> list[Weights]:
+        return [self._weights(index, expert) for expert in range(len(self.family))]
 
     def _weights(self, index: int, expert: int | None = None) -> dict[str, torch.Tensor]:
         one = self._pre if expert is None else self.family[expert].post

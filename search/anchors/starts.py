@@ -8,7 +8,7 @@ rows that only one expert trained (its special tokens) would be lost with `pre`'
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,8 +45,8 @@ class Start(Protocol):
     def facts(self) -> dict[str, Any]:
         """All that the start depends on beside `pre` and the experts, for a digest."""
 
-    def block(self, blocks: Blocks, index: int, pre: Weights, experts: Sequence[Weights]) -> Begun:
-        """The start of one block."""
+    def block(self, blocks: Blocks, index: int, pre: Weights, experts: Callable[[], list[Weights]]) -> Begun:
+        """The start of one block. `experts` reads their weights, float32."""
 
     def outside(self, name: str, family: Sequence[Parents], dtype: torch.dtype) -> torch.Tensor:
         """A stored tensor outside the blocks, rounded once to `dtype`."""
@@ -62,7 +62,7 @@ class FromPre:
     def facts(self) -> dict[str, Any]:
         return {"from": "pre"}
 
-    def block(self, blocks: Blocks, index: int, pre: Weights, experts: Sequence[Weights]) -> Begun:
+    def block(self, blocks: Blocks, index: int, pre: Weights, experts: Callable[[], list[Weights]]) -> Begun:
         return Begun(pre, None)
 
     def outside(self, name: str, family: Sequence[Parents], dtype: torch.dtype) -> torch.Tensor:
@@ -90,10 +90,10 @@ class FromExperts:
     def facts(self) -> dict[str, Any]:
         return {"from": "experts", "coefficients": list(self.coefficients)}
 
-    def block(self, blocks: Blocks, index: int, pre: Weights, experts: Sequence[Weights]) -> Begun:
-        factors = _with_pre(self.coefficients)
-        weights = {name: merge_linear([pre[name], *(one[name] for one in experts)], factors) for name in pre}
-        return Begun(weights, tuple(_task_vector(pre, one) for one in experts))
+    def block(self, blocks: Blocks, index: int, pre: Weights, experts: Callable[[], list[Weights]]) -> Begun:
+        factors, others = _with_pre(self.coefficients), experts()
+        weights = {name: merge_linear([pre[name], *(one[name] for one in others)], factors) for name in pre}
+        return Begun(weights, tuple(_task_vector(pre, one) for one in others))
 
     def outside(self, name: str, family: Sequence[Parents], dtype: torch.dtype) -> torch.Tensor:
         return _linear(name, family, self.coefficients, dtype)
@@ -124,7 +124,7 @@ class FromMerge:
     def facts(self) -> dict[str, Any]:
         return {"from": "merge", "sha256": self.merge.sha256()}
 
-    def block(self, blocks: Blocks, index: int, pre: Weights, experts: Sequence[Weights]) -> Begun:
+    def block(self, blocks: Blocks, index: int, pre: Weights, experts: Callable[[], list[Weights]]) -> Begun:
         device = next(iter(pre.values())).device
         weights = blocks.weights(index, self.merge, str(device))
         return Begun(weights, (_task_vector(pre, weights),))

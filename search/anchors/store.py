@@ -39,7 +39,7 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Holds the folder for this process; another one that wants to write waits, then finds everything done.
+        """Holds the folder for this process; another one that wants to write waits, then finds all pieces there.
 
         Raises:
             ExportError: there is a file of this name. DiskError: the folder cannot be made.
