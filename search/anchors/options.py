@@ -71,7 +71,8 @@ class AdaptOptions:
     Attributes:
         epochs: over the pooled anchors of all experts (paper: 100, for large models 15 to 50).
         batch: anchors a step of Adam (paper: 128).
-        rate: of Adam; None is the paper's: 5e-5 on tensors (Eq. 5), 1e-2 on factors (Eq. 6).
+        rate: of Adam; None is the paper's: 5e-5 on tensors (Eq. 5), 1e-2 on factors (Eq. 6). A step moves an element by
+            about the rate, so with few steps (epochs * experts * n / batch) 5e-5 may end long before the experts.
         distance: between the outputs (paper: cosine for vision, squared for language models).
         seed: of the order of the anchors.
     """
