@@ -24,7 +24,8 @@ class AnchorOptions:
     Attributes:
         n: anchors for each expert and block (paper: 64).
         tokens: positions of an anchor (paper: 5 for RoBERTa, 50 to 257 for vision transformers).
-        steps: of AdamW on all anchors at once (paper: 1200).
+        steps: of AdamW on all anchors at once (paper: 1200, though 40 already beat task arithmetic there). A better
+            alignment is not always a better merge: compare merges.
         rate: of AdamW (paper: 1e-2).
         decay: weight decay of AdamW on the anchors; torch's default, the paper names none.
         distance: between the outputs of pre's and the expert's block (paper: cosine).
