@@ -68,14 +68,20 @@ def attention(config: PretrainedConfig) -> str:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
-def empty_model(config: PretrainedConfig, folder: Path) -> PreTrainedModel:
-    """The model without weights, on the meta device. Raises CheckpointError when it cannot be built."""
+def empty_model(
+    config: PretrainedConfig, folder: Path, *, implementation: str | None = None
+) -> PreTrainedModel:
+    """The model without weights, on the meta device. Raises CheckpointError when it cannot be built.
+
+    Args:
+        implementation: of attention; None chooses.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention(config), trust_remote_code=False
+                config, attn_implementation=implementation or attention(config), trust_remote_code=False
             )
     except Exception as error:  # a config that parses may still describe an impossible model
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,32 +44,56 @@ def save_checkpoint(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes weights, config, tokenizer and generation config into an existing empty folder.
-
-    The numbers come from the kernel that scored them. Tied aliases are not stored.
+    """Writes a linear merge of the parents as `save_tensors` does. The numbers come from the kernel that scored them.
 
     Args:
         weights: (weight of pre, weight of post) for each of `parents.names`.
+    """
+
+    def merged(name: str) -> torch.Tensor:
+        out = torch.empty(parents.post.shape(name), dtype=dtype)
+        weighted_sum(parents.pre.tensor(name), parents.post.tensor(name), *weights[name], out, name=name)
+        return out
+
+    save_tensors(parents, list(weights), merged, dtype, folder, shard_bytes=shard_bytes)
+
+
+def save_tensors(
+    parents: Parents,
+    names: Sequence[str],
+    tensor: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes weights, config, tokenizer and generation config into an existing empty folder.
+
+    Tied aliases are not stored. What is not a weight comes from `parents.post`.
+
+    Args:
+        names: all of `parents.names`, in the order in which the tensors are asked for.
+        tensor: gives each tensor in this dtype, on the CPU, contiguous, in the shape that the parents have.
         dtype: of the stored tensors.
         shard_bytes: a file gets no further tensor beyond this; a larger tensor has a file of its own.
 
     Raises:
         MergeError: a value does not fit into the dtype. OSError: the disk refused.
     """
-    shards = _shards(parents, list(weights), dtype, shard_bytes)
+    shards = _shards(parents, names, dtype, shard_bytes)
     single = len(shards) == 1
     files = (
         [SINGLE]
         if single
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
-    for file, names in zip(files, shards, strict=True):
-        _write_shard(parents, weights, names, dtype, folder / file)
+    for file, inside in zip(files, shards, strict=True):
+        _write_shard(parents, inside, tensor, dtype, folder / file)
     if not single:
-        total = sum(_count(parents, name) for name in weights)
+        total = sum(_count(parents, name) for name in names)
         index = {
             "metadata": {"total_parameters": total, "total_size": total * dtype.itemsize},
-            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+            "weight_map": {name: file for file, inside in zip(files, shards, strict=True) for name in inside},
         }
         _write_json(folder / INDEX, index)
     _write_json(folder / "config.json", merged_config(parents, dtype))
@@ -134,8 +158,8 @@ def _shards(parents: Parents, names: Sequence[str], dtype: torch.dtype, limit: i
 
 def _write_shard(
     parents: Parents,
-    weights: Mapping[str, tuple[float, float]],
     names: Sequence[str],
+    tensor: Callable[[str], torch.Tensor],
     dtype: torch.dtype,
     path: Path,
 ) -> None:
@@ -151,10 +175,7 @@ def _write_shard(
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            merged = torch.empty(parents.post.shape(name), dtype=dtype)
-            pre, post = parents.pre.tensor(name), parents.post.tensor(name)
-            weighted_sum(pre, post, *weights[name], merged, name=name)
-            stream.write(merged.view(-1).view(torch.uint8).numpy().data)
+            stream.write(tensor(name).view(-1).view(torch.uint8).numpy().data)
 
 
 def _count(parents: Parents, name: str) -> int:

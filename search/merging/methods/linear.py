@@ -29,15 +29,18 @@ def linear_weights(coefficient: float) -> tuple[float, float]:
     return 1.0 - coefficient, coefficient
 
 
-def merge_linear(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
+def merge_linear(
+    tensors: Sequence[torch.Tensor], coefficients: Sequence[float], dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Weighted sum `sum_k c_k * T_k` (model soups, arXiv 2203.05482), the plain definition.
 
     Args:
         tensors: K tensors of one shape `(...)` and one dtype.
         coefficients: K finite numbers; they are not normalised.
+        dtype: of the result; None is the dtype of `tensors[0]`.
 
     Returns:
-        tensor `(...)` in the dtype of `tensors[0]`, accumulated in float32 in this order, rounded once.
+        tensor `(...)`, accumulated in float32 in this order, rounded once.
 
     Raises:
         MergeError: no tensors, another number of coefficients, shapes or dtypes that differ, or a coefficient
@@ -53,7 +56,7 @@ def merge_linear(tensors: Sequence[torch.Tensor], coefficients: Sequence[float])
         check_pair(first, tensor)
         factor = torch.tensor(rounded(coefficient), dtype=torch.float32, device=first.device)
         total.addcmul_(tensor.float(), factor)
-    return total.to(first.dtype)
+    return total.to(dtype or first.dtype)
 
 
 def weighted_sum(
