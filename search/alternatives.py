@@ -138,7 +138,7 @@ class Scores:
     def alternatives(self) -> Iterator[Alternative]:
         """`post` with the automatic methods, and all that `calibrate` was asked for."""
         for number, record in self._records.items():
-            methods = [*(AUTOMATIC if record.kind == "post" else ()), *self.asked(number)]
+            methods = [*(AUTOMATIC if record.kind in ("post", "expert") else ()), *self.asked(number)]
             for method in dict.fromkeys(methods):
                 fitted = None if method == CAPE else self.fitted(method, number)
                 if fitted is not None or (method == CAPE and cape_key(number, "search") in self._attributes):
@@ -151,6 +151,8 @@ class Scores:
 
 def base_label(record: TrialRecord) -> str:
     """What a trial is called on the board."""
+    if "label" in record.attributes:
+        return str(record.attributes["label"])
     coefficient = next(iter(record.coefficients.values()))
     labels = {"uniform": f"uniform {coefficient:g}", "search": f"trial {record.number}"}
     return labels.get(record.kind, record.kind)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from search.space import UNIFORM_LINE, CoefficientSpace
+from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
 from search.trials import TrialRecord
 
-# The order of the baselines: the parents, then what lies between them.
+PARENTS = ("pre", "post", "expert")  # kinds of trials that are a parent
+UNCHOSEN = (*PARENTS, "uniform")  # kinds that no search chose
+
+# Those of a study with one expert: the parents, then what lies between them.
 BASELINES: tuple[tuple[str, float], ...] = (
     ("pre", 0.0),
     ("post", 1.0),
@@ -15,14 +19,34 @@ BASELINES: tuple[tuple[str, float], ...] = (
 )
 
 
-def missing_baseline(history: Sequence[TrialRecord], space: CoefficientSpace) -> int | None:
-    """Index of the first baseline that is neither scored nor on its way; one that failed is drawn again."""
+@dataclass(frozen=True)
+class Baseline:
+    """A trial that every study scores first; `label` is what people call it."""
+
+    kind: str
+    label: str
+    recipe: Recipe
+
+
+def baselines(space: CoefficientSpace) -> list[Baseline]:
+    """All baselines in order: `pre`, `post` or each expert, and the uniform line.
+
+    The line of a single expert ends at it; that of several goes on to 1, which is none of them.
+    """
+    line = [c for _, c in BASELINES[2:]] if len(space.experts) == 1 else UNIFORM_LINE[1:]
+    single = len(space.experts) == 1
+    return [
+        Baseline("pre", "pre", space.alone(None)),
+        *(Baseline("post" if single else "expert", one, space.alone(one)) for one in space.experts),
+        *(Baseline("uniform", f"uniform {c:g}", space.uniform(c)) for c in line),
+    ]
+
+
+def missing_baseline(history: Sequence[TrialRecord], every: Sequence[Baseline]) -> int | None:
+    """Index of the first of `baselines` that is neither scored nor on its way; one that failed is drawn again."""
     there = {
         record.attributes["recipe"]
         for record in history
         if record.state != "failed" and record.kind != "search"
     }
-    for index, (_, coefficient) in enumerate(BASELINES):
-        if space.uniform(coefficient).key not in there:
-            return index
-    return None
+    return next((index for index, one in enumerate(every) if one.recipe.key not in there), None)

@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from objectives.bootstrap import interval
 from objectives.metrics import Metric, find_metric, get_metric
 from search.alternatives import Alternative, Scores, base_label
+from search.baselines import PARENTS, UNCHOSEN
 from search.cells import RESAMPLES, Cell, CellComputer, Samples, cell_around
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.front import hypervolume, hypervolume_batch, worst_corner
 from search.materials import Split
+from search.merging.methods.table import OPTIONS, get_method
+from search.space import METHOD
 from search.storage import StudyStore, TrialRecord
 from search.study import front_of
 
@@ -61,7 +64,7 @@ class Row:
             "kind": self.kind,
             "label": self.label,
             "front": self.front,
-            "recipe": {"method": self.method, "coefficients": dict(self.coefficients)},
+            "recipe": _recipe(self.method, self.coefficients),
             "search": {name: cell.to_json() for name, cell in self.search.items()},
             "report": {name: cell.to_json() for name, cell in self.report.items()},
         }
@@ -126,9 +129,15 @@ class Board:
         return tuple(row for row in self.rows if row.kind in kinds)
 
     def uniform_line(self) -> tuple[Row, ...]:
-        """Parents and uniform merges, from `pre` to `post`."""
+        """Parents and uniform merges, from `pre` to `post`; of several experts they come after `pre`."""
         line = self.of_kind("pre", "post", "uniform")
-        return tuple(sorted(line, key=lambda row: next(iter(row.coefficients.values()))))
+        ranked = sorted(line, key=lambda row: next(iter(row.coefficients.values())))
+        return (*ranked[:1], *self.of_kind("expert"), *ranked[1:])
+
+    @property
+    def parents(self) -> tuple[Row, ...]:
+        """`pre`, then `post` or the experts."""
+        return self.of_kind(*PARENTS)
 
     def points(self, rows: Sequence[Row], split: Split) -> NDArray[np.float64]:
         """Objectives of some rows on one split: `(n, m)`."""
@@ -193,8 +202,8 @@ def read_board(store: StudyStore) -> Board:
     metrics = [metric for metric in wanted if isinstance(metric, Metric)]
     records = store.trials()
     done = [record for record in records if record.state == "complete"]
-    parents = {record.kind: record for record in done if record.kind in ("pre", "post")}
-    if len(parents) < 2:
+    parents = [record for record in done if record.kind in PARENTS]
+    if len(parents) < 1 + len(attributes["config"]["parents"].get("experts") or ["post"]):
         raise ConfigError(
             f"study '{store.name}' has not scored its parents yet. Resume it: mergefront resume {store.name}"
         )
@@ -228,8 +237,8 @@ def read_board(store: StudyStore) -> Board:
         alternatives.append(_alternative(one, next(r for r in rows if r.trial == one.trial), cells))
     reference = _reference(objectives, parents)
     # What a merge has to beat: both parents, and what a temperature alone makes of `post`.
-    rivals = [row for row in rows if row.kind in ("pre", "post")]
-    rivals += [row for row in alternatives if row.trial == parents["post"].number]
+    rivals = [row for row in rows if row.kind in PARENTS]
+    rivals += [row for row in alternatives if row.trial in {p.number for p in parents if p.kind == "post"}]
     return Board(
         study=store.name,
         objectives=objectives,
@@ -255,6 +264,19 @@ def _row(record: TrialRecord, on_front: bool, cells: Mapping[Split, Mapping[str,
     )
 
 
+def _recipe(method: str, numbers: Mapping[str, float]) -> dict[str, Any]:
+    """Method, coefficients, and where they are searched the method's hyper-parameters."""
+    beside = {*OPTIONS, METHOD}
+    found: dict[str, Any] = {
+        "method": method,
+        "coefficients": {name: value for name, value in numbers.items() if name not in beside},
+    }
+    used = get_method(method).options
+    if options := {name: value for name, value in numbers.items() if name in used}:
+        found["options"] = options
+    return found
+
+
 def _alternative(one: Alternative, base: Row, cells: Mapping[Split, Mapping[str, Cell]]) -> Row:
     return Row(
         trial=base.trial,
@@ -269,11 +291,9 @@ def _alternative(one: Alternative, base: Row, cells: Mapping[Split, Mapping[str,
     )
 
 
-def _reference(
-    objectives: Sequence[tuple[str, bool]], parents: Mapping[str, TrialRecord]
-) -> dict[str, float]:
+def _reference(objectives: Sequence[tuple[str, bool]], parents: Sequence[TrialRecord]) -> dict[str, float]:
     """The corner of the parents' worst values: what is worse than both parents adds no volume."""
-    values = np.array([parents[kind].values for kind in ("pre", "post")])
+    values = np.array([record.values for record in parents])
     worst = worst_corner(values, maximise=[maximize for _, maximize in objectives])
     return {name: float(value) for (name, _), value in zip(objectives, worst, strict=True)}
 
@@ -291,7 +311,7 @@ def _volume(
     corner = [reference[name] for name in names]
     point: list[float] = []
     drawn: list[NDArray[np.float64]] = []
-    for wanted in (lambda row: row.front, lambda row: row.kind in ("pre", "post", "uniform")):
+    for wanted in (lambda row: row.front, lambda row: row.kind in UNCHOSEN):
         chosen = [row for row in rows if wanted(row)]
         if not all(row.label in samples for row in chosen):
             chosen = []  # half a split would be another comparison

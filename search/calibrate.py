@@ -45,7 +45,6 @@ from search.merging.placement import choose_device, place
 from search.merging.tokenizers import load_tokenizer
 from search.opening import check_identity, reopen
 from search.picks import pick
-from search.space import Recipe
 from search.storage import StudyStore
 from search.verify import ExportedStudy
 
@@ -64,7 +63,7 @@ def calibrate_board(
 
     Args:
         methods: as the user named them; `all` leaves CAPE out where the questions do not list their options.
-        selections: `pre`, `post`, or as for export; none: `post` and the knee.
+        selections: `pre`, `post`, an expert, or as for export; none: `post`, if it is there, and the knee.
     """
     chosen = chosen_methods(methods)
     store, materials = reopen(url, name, device, overrides)
@@ -72,8 +71,9 @@ def calibrate_board(
         chosen.remove(CAPE)
         logger.info("cape is left out: it needs prompts that list their options (format: letter)")
     board = read_board(store)
-    named = {kind: board.of_kind(kind)[0] for kind in ("pre", "post")}
-    rows = [named[one] if one in named else pick(board, one) for one in selections or ("post", "knee")]
+    named = {row.label: row for row in board.parents}
+    asked = selections or (*([] if "post" not in named else ["post"]), "knee")
+    rows = [named[one] if one in named else pick(board, one) for one in asked]
     calibrate_study(store, materials, rows, chosen, named["pre"].trial)
     return calibration_table(read_board(store), Scores(store))
 
@@ -141,7 +141,7 @@ def calibrate_study(
         missing = [key for key in wanted if key not in known]
         if missing:
             size_batches(store, materials)
-            materials.merge(Recipe(materials.space.method, by_number[number].coefficients))
+            materials.merge(by_number[number].recipe)
             for key in missing:
                 logger.info("trial %d: %s", number, key.replace(f":{number}", ""))
                 store.set_attribute(key, worker.measured(key))
@@ -165,7 +165,7 @@ def _sample_answers(
         known = store.attributes()
         wanted = [(m, s) for m in fitted for s in SPLITS if diversity_key(number, m, s) not in known]
         if wanted:
-            materials.merge(Recipe(materials.space.method, records[number].coefficients))
+            materials.merge(records[number].recipe)
         for method, split in wanted:
             one = fitted[method]
             assert one is not None, "the scores were measured above"

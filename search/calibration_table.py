@@ -101,8 +101,8 @@ def calibration_table(board: Board, scores: Scores) -> CalibrationTable:
     Raises:
         ConfigError: the report split is not scored yet, or has fewer than four questions.
     """
-    pre, post = (board.of_kind(kind)[0] for kind in ("pre", "post"))
-    if not (pre.report and post.report):
+    pre, *experts = board.parents
+    if not pre.report or not all(row.report for row in experts):
         raise ConfigError(f"study '{board.study}': the report split is not scored yet. Resume it first.")
     n = board.questions["report"]
     if n < 4:
@@ -120,7 +120,7 @@ def calibration_table(board: Board, scores: Scores) -> CalibrationTable:
 
 def _models(board: Board, scores: Scores) -> list[tuple[Row, str]]:
     """Parents, the named picks, and what `calibrate` was asked for, each trial once."""
-    found = {row.trial: (row, row.label) for row in board.of_kind("pre", "post")}
+    found = {row.trial: (row, row.label) for row in board.parents}
     for name, row in named_picks(board).items():
         if row.report:
             known = found.get(row.trial)

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
 from objectives.metrics import find_metric
 from search.errors import ConfigError
+from search.merging.methods.table import get_method
 from search.sampler_config import SINGLE_OBJECTIVE, CoarseConfig, SamplerConfig
 from search.sections import (
     DiversityConfig,
@@ -49,7 +50,7 @@ SCHEMA = 1
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
 _NOT_IDENTITY = re.compile(
-    r"^(trials|tokens|parents\.(pre|post)|tasks\.\d+\.path|diversity\.(prompts|equivalence))$"
+    r"^(trials|tokens|parents\.(pre|post|experts\.[^.]+)|tasks\.\d+\.path|diversity\.(prompts|equivalence))$"
 )
 
 
@@ -139,7 +140,7 @@ class StudyConfig(Section):
     def _gradient_exists(self) -> StudyConfig:
         if not self.sampler.follows_gradients:
             return self
-        if self.merge.method != "linear":
+        if self.merge.methods != ("linear",):
             raise ValueError("sampler: gradients need merge.method linear")
         from objectives.losses import stand_in
 
@@ -162,6 +163,27 @@ class StudyConfig(Section):
         if (sampler.knots or sampler.coarse) and self.space.granularity == "uniform":
             raise ValueError(
                 f"sampler.{key}: space.granularity uniform has one coefficient only; remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> StudyConfig:
+        count = len(self.parents.post_trained)
+        for method in map(get_method, self.merge.methods):
+            if not method.least <= count <= method.most:
+                wanted = f"at least {method.least}" if count < method.least else f"at most {method.most}"
+                raise ValueError(f"merge.method: {method.name} merges {wanted} experts, found {count}")
+            if method.relative and self.space.low < 0.0:
+                raise ValueError(
+                    f"space.low: found {self.space.low:g}, but {method.name} takes no weights below 0; give 0"
+                )
+        if self.parents.experts is None:
+            if self.space.simplex:
+                raise ValueError("space.simplex: is for several experts; remove it, or give parents.experts")
+            return self
+        if self.space.simplex and (self.sampler.follows_gradients or self.sampler.engine == "line"):
+            raise ValueError(
+                f"sampler: {self.sampler.title} leaves the simplex; remove space.simplex, or use another engine"
             )
         return self
 
@@ -258,7 +280,12 @@ def _resolve_paths(config: StudyConfig, folder: Path) -> StudyConfig:
             return str((folder / path).resolve())
         return where  # a hub id
 
-    parents = ParentsConfig(pre=resolve(config.parents.pre), post=resolve(config.parents.post))
+    given = config.parents
+    parents = ParentsConfig(
+        pre=resolve(given.pre),
+        post=given.post and resolve(given.post),
+        experts=given.experts and {name: resolve(place) for name, place in given.experts.items()},
+    )
     tasks = [
         task if task.path is None else task.model_copy(update={"path": resolve(task.path)})
         for task in config.tasks

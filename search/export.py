@@ -19,11 +19,19 @@ from search.config import StudyConfig
 from search.database import sqlite_path
 from search.errors import ExportError
 from search.manifest import MANIFEST, write_manifest
-from search.materials import groups_digest, provenance
-from search.mergekit_config import MERGEKIT, caveats, config_text, natural, number, place_of, quoted
+from search.materials import blend_of, groups_digest, make_space, provenance
+from search.mergekit_config import (
+    MERGEKIT,
+    caveats,
+    config_text,
+    natural,
+    number,
+    place_of,
+    quoted,
+    rebuild_command,
+)
 from search.merging.parents import Parents
 from search.merging.save import check_saved, save_checkpoint, size_of
-from search.merging.weights import tensor_weights
 from search.model_card import model_card
 from search.opening import check_identity, moved_config
 from search.space import CoefficientSpace, Recipe
@@ -87,51 +95,54 @@ class _Shipment:
     def open(cls, store: StudyStore, board: Board, overrides: Sequence[str]) -> _Shipment:
         config = moved_config(store, overrides)
         # Their values were read when the study began; equal digests say that they are still the same.
-        parents = Parents.open(config.parents.pre, config.parents.post, check_values=False)
-        space = CoefficientSpace.build(parents.names, config.space, config.merge.method)
+        parents = Parents.open(config.parents.pre, config.parents.post_trained, check_values=False)
+        space = make_space(config, parents)
         check_identity(store, {"parents": parents.digest, "groups": groups_digest(space)})
         return cls(store, board, config, parents, space, getattr(torch, config.merge.dtype))
 
     def check_not_inside(self, final: Path) -> None:
         """An export must not replace the parents it is made from."""
-        for one in (self.parents.pre, self.parents.post):
+        for one in self.parents.everybody:
             if one.folder.is_relative_to(final.resolve()):
                 raise ExportError(f"{final}: holds a parent of the study ({one.folder}). Give another --out.")
 
     def write(self, row: Row, folder: Path, *, weights: bool) -> None:
         recipe = Recipe(row.method, row.coefficients)
-        found = tensor_weights(self.parents, self.space.by_tensor(recipe), recipe.method)
-        by_tensor = {name: found[name] for name in natural(found)}
+        blend = blend_of(self.config, self.parents, self.space, recipe)
+        blend = blend.in_order(natural(blend.weights))
         origin = provenance(self.config, self.parents)
-        pre, post = (
-            place_of(str(origin[name]["where"]), origin[name]["revision"]) for name in ("pre", "post")
-        )
+        places = [
+            str(one.folder)
+            if label in self.parents.adapters
+            else place_of(str(origin[label]["where"]), origin[label]["revision"])
+            for label, one in zip(self.parents.labels, self.parents.everybody, strict=True)
+        ]
         if weights:
             (folder / MODEL).mkdir()
-            save_checkpoint(self.parents, by_tensor, self.dtype, folder / MODEL)
+            save_checkpoint(self.parents, blend, self.dtype, folder / MODEL)
             check_saved(folder / MODEL, self.parents, self.dtype)
         header = [
-            f"The weights of trial {row.trial} of study {self.board.study}: a {row.method} merge of two checkpoints.",
-            f"Rebuild them bit for bit with mergekit {MERGEKIT} or later:  mergekit-yaml {CONFIG} ./out",
-            *(
-                f"{name:<4}  sha256 {origin[name]['sha256']}  {origin[name]['where']}"
-                for name in ("pre", "post")
-            ),
+            f"The weights of trial {row.trial} of study {self.board.study}: a {row.method} merge of {len(places)} "
+            "checkpoints.",
+            f"Rebuild them bit for bit with mergekit {MERGEKIT} or later:",
+            f"  {rebuild_command(blend, CONFIG)}",
+            *(f"{name:<4}  sha256 {facts['sha256']}  {facts['where']}" for name, facts in origin.items()),
             f"Coefficients by group: {RECIPE}. A filter is a part of a tensor's name; the first that matches counts.",
-            *(f"CAUTION: {line}" for line in caveats(self.parents)),
+            *(f"CAUTION: {line}" for line in caveats(self.parents, blend)),
         ]
-        config = config_text(self.parents, by_tensor, (pre, post), self.config.merge.dtype, header)
+        config = config_text(self.parents, blend, places, self.config.merge.dtype, header)
         card = model_card(
             self.board,
             row,
             parents=origin,
-            places=(pre, post),
+            places=places,
             tensors={group.name: len(group.tensors) for group in self.space.groups},
             tasks=self.store.attribute("facts")["tasks"],
             dtype=self.config.merge.dtype,
             recipe=recipe.key,
             weights=weights,
-            caveats=caveats(self.parents),
+            caveats=caveats(self.parents, blend),
+            rebuild=rebuild_command(blend, CONFIG),
         )
         _write(folder / CONFIG, config)
         _write(folder / RECIPE, self._recipe_text(row, recipe))
@@ -141,19 +152,24 @@ class _Shipment:
         write_manifest(folder, self._facts(row, recipe, origin, weights))
 
     def _recipe_text(self, row: Row, recipe: Recipe) -> str:
+        single = len(self.space.experts) == 1
         lines = [
-            "# 0 is pre, 1 is post; all tensors of a group share its coefficient.",
+            f"# 0 is pre, 1 is {'post' if single else 'the expert'}; all tensors of a group share its coefficient.",
             f"study: {quoted(self.board.study)}",
             f"trial: {row.trial}",
             f"kind: {row.kind}",
             f"method: {row.method}",
             f"dtype: {self.config.merge.dtype}",
             f"recipe: {recipe.key}",
+            *(f"{name}: {number(value)}" for name, value in self.space.options(recipe).items()),
             "groups:",
         ]
-        for group in self.space.groups:
-            value = number(row.coefficients[group.name])
-            lines.append(f"  {quoted(group.name)}: {{coefficient: {value}, tensors: {len(group.tensors)}}}")
+        names = self.space.coefficients
+        for place, group in enumerate(self.space.groups):
+            values = [number(row.coefficients[name]) for name in names[place :: len(self.space.groups)]]
+            each = ", ".join(f"{one}: {v}" for one, v in zip(self.space.experts, values, strict=True))
+            text = f"coefficient: {values[0]}" if single else f"coefficients: {{{each}}}"
+            lines.append(f"  {quoted(group.name)}: {{{text}, tensors: {len(group.tensors)}}}")
         return "\n".join(lines) + "\n"
 
     def _facts(

@@ -1,10 +1,11 @@
 """The gradient of a loss by the coefficients of a linear merge: one backward pass gives all groups at once.
 
-    T_g(c) = (1 - c_g) pre_g + c_g post_g        dLoss/dc_g = sum over the group's tensors of <dLoss/dT, post - pre>
+    T_g(c) = pre_g + sum_k c_gk (expert_gk - pre_g)
+    dLoss/dc_gk = sum over the group's tensors of <dLoss/dT, expert_k - pre>
 
-A parameter's gradient is multiplied with `post - pre` as soon as it is complete, and freed: beside the activations of
-one batch the pass needs the memory of the largest gradient, not of all. (A tied embedding's gradient is complete only
-at the end of a pass, since the head is at its beginning.) The parents stay on disk, mapped.
+A parameter's gradient is multiplied with these differences as soon as it is complete, and freed: beside the activations
+of one batch the pass needs the memory of the largest gradient, not of all. (A tied embedding's gradient is complete
+only at the end of a pass, since the head is at its beginning.) The parents stay on disk, mapped.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from objectives.backward import backpropagate
 from objectives.losses import Loss, scalarized
 from search.errors import ConfigError, EvaluationError
+from search.merging.blend import make_blend
+from search.merging.checkpoint import Checkpoint
 from search.merging.live import LiveModel
 from search.merging.methods.linear import coefficient_derivative
 from search.space import CoefficientSpace, Recipe
@@ -71,8 +74,10 @@ class CoefficientGradient:
         questions: Sequence[Question],
         tasks: Sequence[TaskConfig],
     ) -> None:
-        if space.method != "linear":
-            raise ConfigError(f"merge.method: found {space.method}: a gradient needs merge.method linear.")
+        if space.methods != ("linear",):
+            raise ConfigError(
+                f"merge.method: found {', '.join(space.methods)}: a gradient needs merge.method linear."
+            )
         self.space = space
         self._live, self._scorer = live, scorer
         self._questions, self._tasks = questions, tasks
@@ -92,7 +97,7 @@ class CoefficientGradient:
             EvaluationError: scores or gradient are not finite, or do not fit into memory.
         """
         asked = questions or self._questions
-        self._live.apply(self.space.by_tensor(recipe), recipe.method)
+        self._live.apply(make_blend(self._live.parents, self.space.by_tensor(recipe)))
         gradient = np.zeros(self.space.dim)
         try:
             with torch.enable_grad(), self._collecting(gradient):
@@ -109,21 +114,27 @@ class CoefficientGradient:
             )
         return LossGradient(found.loss, gradient, found.tokens)
 
-    def _differing(self) -> list[tuple[str, int, torch.nn.Parameter]]:
-        """(tensor, group, parameter) of every tensor that depends on its coefficient.
+    def _differing(self) -> list[tuple[str, list[tuple[int, Checkpoint]], torch.nn.Parameter]]:
+        """(tensor, [(coefficient, its expert)], parameter) of every tensor that depends on a coefficient.
 
         The others need no gradient: fine-tuning often leaves the embeddings, the largest of all, as they were.
         """
-        pre, post = self._live.parents.pre, self._live.parents.post
+        pre, *experts = self._live.parents.everybody
         parameters = self._live.parameters()
         found = []
-        for index, group in enumerate(self.space.groups):
+        for place, group in enumerate(self.space.groups):
             for name in group.tensors:
-                if torch.equal(pre.tensor(name), post.tensor(name)):
+                base = pre.tensor(name)
+                differing = [
+                    (place + index * len(self.space.groups), expert)
+                    for index, expert in enumerate(experts)
+                    if not torch.equal(base, expert.tensor(name))
+                ]
+                if not differing:
                     continue
                 if name not in parameters:
                     raise ConfigError(f"gradient: tensor {name} is a buffer of this model, not a parameter.")
-                found.append((name, index, parameters[name]))
+                found.append((name, differing, parameters[name]))
         return found
 
     @contextmanager
@@ -131,9 +142,9 @@ class CoefficientGradient:
         """Adds every parameter's part to its group while the block runs."""
         hooks = []
         try:
-            for name, group, parameter in self._moving:
+            for name, differing, parameter in self._moving:
                 parameter.requires_grad_(True)
-                hook = self._hook(name, group, gradient)
+                hook = self._hook(name, differing, gradient)
                 hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             yield
         finally:
@@ -143,12 +154,17 @@ class CoefficientGradient:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
-    def _hook(self, name: str, group: int, gradient: Floats) -> Callable[[torch.Tensor], None]:
-        pre, post = self._live.parents.pre, self._live.parents.post
+    def _hook(
+        self, name: str, differing: Sequence[tuple[int, Checkpoint]], gradient: Floats
+    ) -> Callable[[torch.Tensor], None]:
+        pre = self._live.parents.pre
 
         def collect(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None, "the hook runs once it is there"
-            gradient[group] += coefficient_derivative(parameter.grad, pre.tensor(name), post.tensor(name))
+            for place, expert in differing:
+                gradient[place] += coefficient_derivative(
+                    parameter.grad, pre.tensor(name), expert.tensor(name)
+                )
             parameter.grad = None
 
         return collect

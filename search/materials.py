@@ -25,9 +25,11 @@ from objectives.power import Power, note_on, powers
 from objectives.prompts import PromptSet, load_prompts
 from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
+from search.baselines import Baseline, baselines
 from search.config import StudyConfig
 from search.errors import ConfigError
 from search.fidelity.fitting import require_fitting
+from search.merging.blend import Blend, make_blend
 from search.merging.checkpoint import Checkpoint
 from search.merging.live import LiveModel
 from search.merging.parents import Parents
@@ -35,6 +37,8 @@ from search.merging.placement import choose_device
 from search.space import CoefficientSpace, Recipe
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
     from objectives.losses import Loss
     from objectives.tasks import Question
     from search.samplers import WeightedGradient
@@ -64,7 +68,7 @@ class Materials:
             ConfigError: the questions cannot be read, an objective names an unknown task, or `racing` or `fidelity`
                 wants more of the search split than there is.
         """
-        parents = Parents.open(config.parents.pre, config.parents.post)
+        parents = Parents.open(config.parents.pre, config.parents.post_trained)
         tokenizer = parents.tokenizer()
         questions = load_questions(config.tasks, config.split, tokenizer)
         require_fitting(config, [question.task for question in questions.search])
@@ -76,7 +80,7 @@ class Materials:
             parents=parents,
             tokenizer=tokenizer,
             questions=questions,
-            space=CoefficientSpace.build(parents.names, config.space, config.merge.method),
+            space=make_space(config, parents),
             metrics=tuple(find_metric(name, tasks=questions.task_names) for name in config.objectives),
             device=choose_device(device),
             prompts=prompts,
@@ -130,15 +134,43 @@ class Materials:
 
     @cached_property
     def idle(self) -> tuple[str, ...]:
-        """Groups that post-training left as they were, such as the embeddings under LoRA: no merge changes them."""
+        """Coefficients that change nothing: post-training left all tensors of the group as they were.
+
+        So it is with embeddings under LoRA. In a simplex every coefficient takes from the others, so there is none.
+        """
         import torch
 
-        pre, post = self.parents.pre, self.parents.post
-        return tuple(
-            group.name
-            for group in self.space.groups
-            if all(torch.equal(pre.tensor(name), post.tensor(name)) for name in group.tensors)
-        )
+        if self.space.simplex:
+            return ()
+        pre, groups = self.parents.pre, self.space.groups
+        still = [
+            all(torch.equal(pre.tensor(name), expert.tensor(name)) for name in group.tensors)
+            for expert in self.parents.experts.values()
+            for group in groups
+        ]
+        return tuple(name for name, idle in zip(self.space.coefficients, still, strict=True) if idle)
+
+    @cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What the storage says about every number of a recipe."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+        space = self.space
+        found: dict[str, BaseDistribution] = {
+            name: FloatDistribution(space.low, space.high) for name in space.coefficients
+        }
+        for axis in space.axes:
+            found[axis.name] = (
+                CategoricalDistribution(axis.choices)
+                if axis.choices
+                else FloatDistribution(axis.low, axis.high)
+            )
+        return found
+
+    @cached_property
+    def baselines(self) -> list[Baseline]:
+        """Parents and uniform line, in order."""
+        return baselines(self.space)
 
     def provenance(self) -> dict[str, dict[str, str | None]]:
         """Where each parent came from, what exactly it is, and under which licence its own card puts it."""
@@ -170,7 +202,7 @@ class Materials:
 
     def merge(self, recipe: Recipe) -> None:
         """Writes the recipe's weights into the live model."""
-        self.live.apply(self.space.by_tensor(recipe), recipe.method)
+        self.live.apply(blend_of(self.config, self.parents, self.space, recipe))
 
     def evaluate(self, split: Split, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Scores the live model on one split."""
@@ -257,18 +289,31 @@ class Materials:
         return EmbeddingEquivalence(config.equivalence, threshold=config.threshold, device=device)
 
 
+def make_space(config: StudyConfig, parents: Parents) -> CoefficientSpace:
+    """The recipes of a study of these parents."""
+    return CoefficientSpace.build(parents.names, config.space, config.merge, tuple(parents.experts))
+
+
+def blend_of(config: StudyConfig, parents: Parents, space: CoefficientSpace, recipe: Recipe) -> Blend:
+    """What a recipe of a study does to every tensor."""
+    return make_blend(
+        parents, space.by_tensor(recipe), recipe.method, space.options(recipe), config.merge.seed
+    )
+
+
 def groups_digest(space: CoefficientSpace) -> str:
-    """SHA-256 over the groups of a space and the tensors in them."""
-    groups = json.dumps([[group.name, group.tensors] for group in space.groups])
-    return hashlib.sha256(groups.encode()).hexdigest()
+    """SHA-256 over the groups of a space, the tensors in them, and the names of several experts."""
+    groups: list[Any] = [[group.name, group.tensors] for group in space.groups]
+    if len(space.experts) > 1:
+        groups.append(list(space.experts))
+    return hashlib.sha256(json.dumps(groups).encode()).hexdigest()
 
 
 def provenance(config: StudyConfig, parents: Parents) -> dict[str, dict[str, str | None]]:
     """Where each parent came from, what exactly it is, and under which licence its own card puts it."""
     found: dict[str, dict[str, str | None]] = {}
-    asked = (config.parents.pre, config.parents.post)
-    both = (parents.pre, parents.post)
-    for label, where, one, revision in zip(("pre", "post"), asked, both, parents.revisions, strict=True):
+    every = zip(config.parents.places.items(), parents.everybody, parents.revisions, strict=True)
+    for (label, where), one, revision in every:
         licence = _licence(one.folder / "README.md")
         found[label] = {"where": where, "revision": revision, "sha256": one.sha256(), "licence": licence}
     return found

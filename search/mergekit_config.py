@@ -1,4 +1,5 @@
-"""A merge as a mergekit config: `linear`, not normalised, with one weight a tensor however it was computed.
+"""A merge as a mergekit config: of weighted sums `linear`, not normalised, with one weight a tensor however it was
+computed; of the other methods mergekit's own, with our defaults spelt out.
 
 mergekit resolves a weight by the first filter that is a substring of the tensor's name. So `layers.1` also matches
 `layers.10`, and a gradient list gives final norm and head the weight of the first layer. Here every filter is tested
@@ -13,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from search.errors import ExportError
+from search.merging.blend import Blend, Weights
 from search.merging.header import shown
+from search.merging.methods.table import OPTIONS
 from search.merging.parents import Parents
 
 MERGEKIT = "0.1.5"  # older ones lose q_norm and k_norm of some architectures without a word
 _NEOX_BUFFER = "rotary_emb.inv_freq"
 
-Pair = tuple[float, float]
-Filters = list[tuple[str, Pair]]
+Filters = list[tuple[str, Weights]]
 
 
-def make_filters(weights: Mapping[str, Pair]) -> Filters:
+def make_filters(weights: Mapping[str, Weights]) -> Filters:
     """Few filters of whole name parts that give every tensor its own weights under mergekit's rule.
 
     For each tensor this is the shortest dotted prefix that occurs in names of equal weights only. A name that occurs
@@ -37,13 +39,13 @@ def make_filters(weights: Mapping[str, Pair]) -> Filters:
     """
     if len(set(weights.values())) == 1:
         return [("*", next(iter(weights.values())))]
-    pure: dict[str, Pair | None] = {}
-    chosen: dict[str, Pair] = {}
-    whole: dict[str, Pair] = {}
+    pure: dict[str, Weights | None] = {}
+    chosen: dict[str, Weights] = {}
+    whole: dict[str, Weights] = {}
     for name in natural(weights):
         for prefix in _prefixes(name):
             if prefix not in pure:
-                found = {pair for other, pair in weights.items() if prefix in other}
+                found = {each for other, each in weights.items() if prefix in other}
                 pure[prefix] = found.pop() if len(found) == 1 else None
             if pure[prefix] is not None:
                 chosen[prefix] = weights[name]
@@ -52,94 +54,133 @@ def make_filters(weights: Mapping[str, Pair]) -> Filters:
             whole[name] = weights[name]
     # A longer name is never a substring of a shorter one, so from long to short each finds its own filter first.
     filters = [*chosen.items(), *sorted(whole.items(), key=lambda item: -len(item[0]))]
-    for name, pair in weights.items():
-        if first_match(name, filters) != pair:
+    for name, each in weights.items():
+        if first_match(name, filters) != each:
             raise ExportError(f"tensor {shown(name)}: mergekit's filters cannot address it alone.")
     return filters
 
 
-def first_match(name: str, filters: Iterable[tuple[str, Pair]]) -> Pair | None:
+def first_match(name: str, filters: Iterable[tuple[str, Weights]]) -> Weights | None:
     """The weights that mergekit gives a tensor; None if no filter matches, for which mergekit stops."""
-    return next((pair for text, pair in filters if text == "*" or text in name), None)
+    return next((each for text, each in filters if text == "*" or text in name), None)
 
 
-def config_weights(parents: Parents, weights: Mapping[str, Pair]) -> dict[str, Pair]:
+def config_weights(parents: Parents, blend: Blend) -> dict[str, Weights]:
     """Weights of every name that mergekit may ask for: the merged tensors, tied aliases, and stored buffers.
 
-    An alias gets the weights of what it is tied to. A buffer, which transformers computes itself, is post's.
+    An alias gets the weights of what it is tied to. A buffer, which transformers computes itself, is the first
+    expert's.
     """
-    aliases = {alias: weights[target] for alias, target in parents.tied.items()}
-    return {**weights, **aliases, **dict.fromkeys(parents.ignored, (0.0, 1.0))}
+    aliases = {alias: blend.weights[target] for alias, target in parents.tied.items()}
+    first = tuple(float(place == 0) for place in range(len(parents.experts)))
+    buffers = first if blend.method.kernel else (0.0, *first)
+    return {**blend.weights, **aliases, **dict.fromkeys(parents.ignored, buffers)}
 
 
 def config_text(
-    parents: Parents, weights: Mapping[str, Pair], places: tuple[str, str], dtype: str, header: Sequence[str]
+    parents: Parents, blend: Blend, places: Sequence[str], dtype: str, header: Sequence[str]
 ) -> str:
     """The text of `mergekit_config.yml`.
 
     Args:
-        weights: of the merged tensors, as `tensor_weights` gives them.
-        places: absolute folder or hub id of `pre` and `post`.
+        places: absolute folder or hub id of every parent, pre first.
         dtype: of the merged tensors.
         header: comment lines that come first.
     """
-    same = len(set(weights.values())) == 1
-    filters = make_filters(weights if same else config_weights(parents, weights))
-    pre, post = (_model(place) for place in places)
+    same = len(set(blend.weights.values())) == 1
+    filters = make_filters(blend.weights if same else config_weights(parents, blend))
+    pre, *experts = (_model(place) for place in places)
+    method, kernel = blend.method, blend.method.kernel
     lines = [f"# {shown(line)}".rstrip() for line in header]
-    lines += ["merge_method: linear"]
     # Without a base model mergekit takes config and tokenizer from one of the parents at random.
-    lines += [f"base_model: {post}", "models:"]
-    for place, index in ((pre, 0), (post, 1)):
-        lines += [f"  - model: {place}", "    parameters:"]
+    lines += [f"merge_method: {method.name}", f"base_model: {pre if kernel else experts[0]}", "models:"]
+    for index, model in enumerate(experts if kernel else [pre, *experts]):
+        lines += [f"  - model: {model}", "    parameters:"]
+        for name, value in blend.options.items():
+            if OPTIONS[name].each:
+                lines.append(f"      {OPTIONS[name].mergekit}: {number(value)}")
         if same:
             lines.append(f"      weight: {number(filters[0][1][index])}")
             continue
         lines.append("      weight:")
         lines += [
-            f"        - {{filter: {quoted(text)}, value: {number(pair[index])}}}" for text, pair in filters
+            f"        - {{filter: {quoted(text)}, value: {number(each[index])}}}" for text, each in filters
         ]
-    lines += ["parameters:", "  normalize: false", "dtype: float32", f"out_dtype: {dtype}"]
+    lines.append("parameters:")
+    lines += [f"  {name}: {value}" for name, value in _shared(blend).items()]
+    lines += ["dtype: float32", f"out_dtype: {dtype}"]
     return "\n".join(lines) + "\n"
 
 
-def read_config_weights(path: Path, names: Iterable[str]) -> dict[str, Pair]:
-    """What a mergekit config, as `config_text` writes it, gives each of these tensors.
+def _shared(blend: Blend) -> dict[str, str]:
+    """Parameters of the merge as a whole, as YAML writes them."""
+    found = {"normalize": str(blend.method.normalize).lower()}
+    if blend.method.kernel:
+        found["rescale"] = str(blend.method.rescale).lower()
+    each = {OPTIONS[name].mergekit: number(v) for name, v in blend.options.items() if not OPTIONS[name].each}
+    return found | each
+
+
+def check_config(path: Path, parents: Parents, blend: Blend) -> None:
+    """Reads a mergekit config, as `config_text` writes it, and compares what it does to every tensor.
 
     Raises:
-        ExportError: it cannot be read, is not of that form, or has no weight for a tensor.
+        ExportError: it cannot be read, is not of that form, or does something else; names the first difference.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
         config = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        sides = [_settings(model["parameters"]["weight"]) for model in config["models"]]
-        fixed = config["merge_method"], config["parameters"]["normalize"], config["dtype"], len(sides)
+        models = [dict(model["parameters"]) for model in config["models"]]
+        sides = [_settings(parameters.pop("weight")) for parameters in models]
+        found = config["merge_method"], config["dtype"], dict(config["parameters"]), models
     except (OSError, YAMLError, KeyError, TypeError, ValueError) as error:
         reason = shown(" ".join(str(error).split()))
         raise ExportError(f"{path}: not a config that mergefront wrote ({reason}).") from error
-    if fixed != ("linear", False, "float32", 2):
-        raise ExportError(f"{path}: found {fixed}, wanted linear, normalize false, float32 and two models.")
-    found = {}
-    for name in names:
-        pre, post = (
+    count = len(parents.experts) + (not blend.method.kernel)
+    each = {OPTIONS[name].mergekit: v for name, v in blend.options.items() if OPTIONS[name].each}
+    shared = YAML(typ="safe", pure=True).load(
+        "{" + ", ".join(f"{name}: {value}" for name, value in _shared(blend).items()) + "}"
+    )
+    if found != (wanted := (blend.method.name, "float32", shared, [each] * count)):
+        raise ExportError(f"{path}: found {shown(repr(found))}, wanted {wanted}. Export again.")
+    for name, weights in blend.weights.items():
+        known = tuple(
             next((value for text, value in side if text == "*" or text in name), None) for side in sides
         )
-        if pre is None or post is None:
-            raise ExportError(f"{path}: no filter matches tensor {shown(name)}.")
-        found[name] = (pre, post)
+        if known != weights:
+            raise ExportError(
+                f"{path}: tensor {shown(name)}: weights {known}, the recipe says {weights}. Export again."
+            )
+
+
+def caveats(parents: Parents, blend: Blend) -> list[str]:
+    """What stands between this config and mergekit, one line each."""
+    found = []
+    if parents.config.model_type == "gpt_neox" and not any(_NEOX_BUFFER in name for name in parents.ignored):
+        found.append(
+            f"mergekit {MERGEKIT} asks GPT-NeoX parents for buffers that newer transformers do not store, and stops "
+            "without them; export with --weights instead"
+        )
+    for label, folder in parents.adapters.items():
+        found.append(
+            f"{label} is the adapter {folder}; mergekit reads it merged into pre, from {parents.experts[label].folder}"
+        )
+    if blend.method.kernel:
+        found.append(
+            "mergekit ships the tokenizer of the base model, pre; the scores were made with the first expert's: "
+            "copy it, or export with --weights"
+        )
     return found
 
 
-def caveats(parents: Parents) -> list[str]:
-    """What stands between this config and mergekit, one line each."""
-    if parents.config.model_type == "gpt_neox" and not any(_NEOX_BUFFER in name for name in parents.ignored):
-        return [
-            f"mergekit {MERGEKIT} asks GPT-NeoX parents for buffers that newer transformers do not store, and stops "
-            "without them; export with --weights instead"
-        ]
-    return []
+def rebuild_command(blend: Blend, config: str) -> str:
+    """How mergekit makes the same weights, to the last bit."""
+    command = f"mergekit-yaml {config} ./out"
+    if blend.method.rescale:
+        command = f"OMP_NUM_THREADS=1 {command}"  # it scales by sums over whole tensors
+    return f"{command} --random-seed {blend.seed}" if blend.method.seeded else command
 
 
 def place_of(where: str, revision: str | None) -> str:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from search import __version__
+from search.baselines import UNCHOSEN
 from search.board import SPLITS, Board, Row
 from search.cells import Cell
 from search.mergekit_config import MERGEKIT, number
 from search.merging.header import shown
+from search.merging.methods.table import OPTIONS
+from search.space import split_name
 
 _TITLES = {"search": "Search split (it steered the search)", "report": "Report split (it steered nothing)"}
 
@@ -27,15 +30,17 @@ def model_card(
     recipe: str,
     weights: bool,
     caveats: Sequence[str],
+    rebuild: str,
 ) -> str:
     """Markdown of the card.
 
     Args:
-        parents: where, revision, sha256 and licence of `pre` and `post`.
-        places: of `pre` and `post`, as in the mergekit config.
+        parents: where, revision, sha256 and licence of every parent by name, pre first.
+        places: of the parents in this order, as in the mergekit config.
         tensors: how many tensors each group has.
         recipe: the recipe's key.
         weights: whether the folder has a checkpoint.
+        rebuild: the command with which mergekit makes the same weights.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -47,26 +52,29 @@ def model_card(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    licences = [parents[name]["licence"] for name in ("pre", "post")]
+    licences = [facts["licence"] for facts in parents.values()]
     return environment.get_template("model_card.md.j2").render(
         base_models=[place.partition("@")[0] for place in places if not place.startswith("/")],
-        licence=licences[0] if licences[0] == licences[1] else None,
+        licence=licences[0] if len(set(licences)) == 1 else None,
         licences=_licences(licences),
         study=board.study,
         label=row.label if row.label.startswith("trial") else f"trial {row.trial} ({row.label})",
         method=row.method,
-        searched=row.kind not in ("pre", "post", "uniform"),
+        searched=row.kind not in UNCHOSEN,
         dtype=dtype,
         objectives=" and ".join(f"{name} ({'up' if up else 'down'})" for name, up in board.objectives),
-        parents=[_parent(name, parents[name]) for name in ("pre", "post")],
+        parents=[_parent(name, facts) for name, facts in parents.items()],
         splits=[_split(board, row, split, tasks) for split in SPLITS],
         groups=[
-            {"name": _cell_text(name), "coefficient": number(value), "tensors": tensors[name]}
+            {"name": _cell_text(name), "coefficient": number(value), "tensors": tensors[split_name(name)[1]]}
             for name, value in row.coefficients.items()
+            if split_name(name)[1] in tensors
         ],
         weights=weights,
         mergekit=MERGEKIT,
         caveats=caveats,
+        rebuild=rebuild,
+        options=[(name, number(value)) for name, value in row.coefficients.items() if name in OPTIONS],
         command=f"mergefront export {board.study} --select trial:{row.trial}{' --weights' * weights} --out DIR",
         version=__version__,
         recipe=recipe,
@@ -76,8 +84,8 @@ def model_card(
 def _licences(licences: Sequence[str | None]) -> str:
     if None in licences:
         return "A parent's card names no licence: find it out before you share this merge."
-    if licences[0] != licences[1]:
-        return "The parents' licences differ: a merge has to keep both."
+    if len(set(licences)) > 1:
+        return "The parents' licences differ: a merge has to keep all of them."
     return "The merge keeps the licence of its parents."
 
 
@@ -93,9 +101,9 @@ def _parent(name: str, facts: Mapping[str, str | None]) -> dict[str, str]:
 
 def _split(board: Board, row: Row, split: Any, tasks: Sequence[str]) -> dict[str, Any]:
     """Columns: this merge, the parents, and where known the paired differences to them."""
-    others = [other for other in board.of_kind("pre", "post") if other.trial != row.trial]
+    others = [other for other in board.parents if other.trial != row.trial]
     against = row.against if split == "report" else {}
-    columns = ["this merge", *(f"`{o.kind}`" for o in others), *(f"this minus `{name}`" for name in against)]
+    columns = ["this merge", *(f"`{o.label}`" for o in others), *(f"this minus `{name}`" for name in against)]
     arrows = {name: " (up)" if up else " (down)" for name, up in board.objectives}
     rows = [
         [

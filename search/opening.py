@@ -152,6 +152,7 @@ def _facts(materials: Materials) -> dict[str, Any]:
     """What front, report and export must know without opening the parents."""
     return {
         "groups": [[group.name, len(group.tensors)] for group in materials.space.groups],
+        "baselines": len(materials.baselines),
         "tasks": list(materials.questions.task_names),
         "questions": {"search": len(materials.questions.search), "report": len(materials.questions.report)},
         "prompts": materials.prompts

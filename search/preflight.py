@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from objectives.outcomes import Outcomes
 from objectives.power import differences
-from search.baselines import BASELINES
 from search.database import sqlite_path
 from search.errors import MergefrontError
 from search.evidence import EvidenceFolder
 from search.materials import Materials
+from search.merging.methods.table import OPTIONS, get_method
+from search.sections import MergeConfig, ParentsConfig
 from search.storage import StudyStore
 
 MIB = 2**20
@@ -29,14 +31,16 @@ def describe(materials: Materials, url: str) -> list[str]:
     lines = [
         f"study       {config.name}",
         f"parents     {config.parents.pre}",
-        f"            {config.parents.post}",
+        *(f"            {place}" for place in _named(config.parents)),
         f"            {numbers:,} parameters, {len(parents.names)} tensors; architecture and tokenizers agree; "
         "all finite",
-        f"merge       {config.merge.method}, {config.merge.dtype}, coefficients in [{space.low:g}, {space.high:g}]",
-        f"groups      {space.dim}: {_shortened(space.names)}",
+        f"merge       {_merge(config.merge)}, {config.merge.dtype}, coefficients in [{space.low:g}, {space.high:g}]"
+        + (" that add up to 1" if space.simplex else ""),
+        f"groups      {len(space.groups)}: {_shortened([group.name for group in space.groups])}"
+        + (f"; {len(space.coefficients)} coefficients" if len(space.experts) > 1 else ""),
         f"questions   {len(split.search)} search, {len(split.report)} report, of {', '.join(split.task_names)}",
         f"objectives  {', '.join(m.name + (' up' if m.maximize else ' down') for m in materials.metrics)}",
-        f"search      {config.sampler.title}, {len(BASELINES)} baselines + {config.trials} trials",
+        f"search      {config.sampler.title}, {len(materials.baselines)} baselines + {config.trials} trials",
         f"memory      {live / MIB:,.0f} MiB for the live model; the parents stay on disk, mapped",
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
@@ -63,8 +67,8 @@ def describe(materials: Materials, url: str) -> list[str]:
     if idle := materials.idle:
         left = " and are left at 0" if len(idle) < space.dim else ""
         lines.append(
-            f"note        {len(idle)} of {space.dim} groups are equal in both parents, their coefficients change "
-            f"nothing{left}: {_shortened(idle)}"
+            f"note        {len(idle)} of {space.dim} coefficients change nothing{left}, the tensors of their groups "
+            f"are as in pre: {_shortened(idle)}"
         )
     return [*lines, "ready       mergefront launch runs it"]
 
@@ -111,7 +115,23 @@ def _work(tokens: float, numbers: int) -> str:
     return f"{2 * tokens * numbers / 1e12:,.2f} TFLOP"
 
 
-def _shortened(names: tuple[str, ...]) -> str:
+def _merge(merge: MergeConfig) -> str:
+    """Methods, and hyper-parameters with their values or ranges."""
+    said = [" or ".join(merge.methods)]
+    for option in OPTIONS:
+        if any(option in get_method(method).options for method in merge.methods):
+            low, high = merge.range_of(option)
+            said.append(f"{option} {low:g}" + (f" to {high:g}" if high > low else ""))
+    return ", ".join(said)
+
+
+def _named(parents: ParentsConfig) -> list[str]:
+    if parents.post is not None:
+        return [parents.post]
+    return [f"{name}: {place}" for name, place in parents.post_trained.items()]
+
+
+def _shortened(names: Sequence[str]) -> str:
     if len(names) <= 6:
         return ", ".join(names)
     return f"{', '.join(names[:3])}, ... {', '.join(names[-2:])}"

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from search.alternatives import base_label
+from search.baselines import PARENTS
 from search.budget import expected_trials
 from search.database import shown
 from search.front import hypervolume, non_dominated, worst_corner
@@ -38,7 +40,7 @@ class ProgressPrinter(Observer):
         self._objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
         self._values: dict[int, tuple[float, ...]] = {}
         self._stopped = 0
-        self._parents: dict[str, tuple[float, ...]] = {}
+        self._parents: dict[int, tuple[float, ...]] = {}
         self._most = self._total = 0
         self._tokens: int | None = None
         self._before = 0
@@ -87,7 +89,7 @@ class ProgressPrinter(Observer):
         seconds = time.monotonic() - self._trial_began
         rank = "front" if self._is_on_front(trial.number) else "dominated"
         scores = "  ".join(f"{n} {v:.4f}" for (n, _), v in zip(self._objectives, values, strict=True))
-        kind = "" if trial.kind == "search" else f" ({trial.kind})"
+        kind = "" if trial.kind == "search" else f" ({base_label(trial)})"
         line = (
             f"trial {trial.number}{kind}  {scores}  {rank}  {seconds:.1f} s  "
             f"[{self._tried}/{self._total}  {self._summary(gained, scores=False)}]"
@@ -160,8 +162,8 @@ class ProgressPrinter(Observer):
         split = facts["questions"]
         lines = [
             f"{config.name}  {len(self._objectives)} objectives ({aims})  {self._materials.space.dim} coefficients, "
-            f"{config.merge.method}  {sampler.title} seed {sampler.seed}",
-            f"parents    {config.parents.pre}  +  {config.parents.post}  {_count(facts['parameters'])} parameters",
+            f"{' or '.join(config.merge.methods)}  {sampler.title} seed {sampler.seed}",
+            f"parents    {'  +  '.join(config.parents.places.values())}  {_count(facts['parameters'])} parameters",
             f"questions  {split['search']} search, {split['report']} report  ({', '.join(facts['tasks'])})",
             f"storage    {shown(self._store.url)}  {state}, {self._to_go()}",
             *(f"note       {note}" for note in facts["notes"]),
@@ -195,8 +197,8 @@ class ProgressPrinter(Observer):
 
     def _remember(self, trial: TrialRecord, values: tuple[float, ...]) -> None:
         self._values[trial.number] = values
-        if trial.kind in ("pre", "post"):
-            self._parents[trial.kind] = values
+        if trial.kind in PARENTS:
+            self._parents[trial.number] = values
 
     def _front_mask(self) -> NDArray[np.bool_]:
         points = np.array(list(self._values.values()))
@@ -206,12 +208,11 @@ class ProgressPrinter(Observer):
         return bool(self._front_mask()[list(self._values).index(number)])
 
     def _hypervolume(self) -> float:
-        """Of all trials so far, over the corner of the parents' worst values; 0 until both parents are scored."""
-        if len(self._parents) < 2:
+        """Of all trials so far, over the corner of the parents' worst values; 0 until all parents are scored."""
+        if len(self._parents) < 1 + len(self._materials.space.experts):
             return 0.0
         maximise = tuple(m for _, m in self._objectives)
-        both = np.array(list(self._parents.values()))
-        corner = worst_corner(both, maximise=maximise)
+        corner = worst_corner(np.array(list(self._parents.values())), maximise=maximise)
         return hypervolume(np.array(list(self._values.values())), corner, maximise=maximise)
 
 

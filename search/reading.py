@@ -96,26 +96,28 @@ def _parents(board: Board) -> Remark:
     names = [name for name, _ in board.objectives]
     searched = [row for row in board.front if row.kind == "search"]
     every = [
-        row for row in searched if all(beats(row, board, p, name) for p in ("pre", "post") for name in names)
+        row
+        for row in searched
+        if all(beats(row, board, p.label, name) for p in board.parents for name in names)
     ]
     if every:
         listed = ", ".join(str(row.trial) for row in every[:6]) + (", ..." if len(every) > 6 else "")
         return Remark(
             f"{len(every)} of the front's {len(searched)} search trials {'is' if len(every) == 1 else 'are'} "
-            "better than both parents in every objective, beyond the paired 95 % intervals: "
+            f"better than {_all_parents(board)} in every objective, beyond the paired 95 % intervals: "
             f"{_plural(len(every), 'trial')} {listed}.",
             "good",
         )
     return Remark(
-        "No search trial of the front is better than both parents in every objective beyond the paired "
+        f"No search trial of the front is better than {_all_parents(board)} in every objective beyond the paired "
         "95 % intervals: what it shows against them is a trade."
     )
 
 
 def _temperature(board: Board) -> list[Remark]:
     """Whether merging buys more than a temperature, which costs nothing and changes no answer."""
-    post = board.of_kind("post")[0].trial
-    rivals = [row for row in board.alternatives if row.trial == post and row.temperature and row.report]
+    posts = {row.trial for row in board.of_kind("post")}
+    rivals = [row for row in board.alternatives if row.trial in posts and row.temperature and row.report]
     searched = [row for row in board.front if row.kind == "search" and row.report]
     if not rivals or not searched:
         return []
@@ -199,6 +201,10 @@ def _beside(board: Board) -> list[Remark]:
     return [
         Remark(f"Beside the objectives, on the report split, the knee ({knee.label}) has {', '.join(said)}.")
     ]
+
+
+def _all_parents(board: Board) -> str:
+    return "both parents" if len(board.parents) == 2 else f"all {len(board.parents)} parents"
 
 
 def _plural(n: int, word: str) -> str:

@@ -74,7 +74,7 @@ def write_report(store: StudyStore, out: Path) -> list[Path]:
 def reliability_panels(store: StudyStore, board: Board) -> tuple[list[Panel], Split]:
     """Answers of parents and named picks, each trial once; on the report split if all were scored there."""
     titles: dict[int, list[str]] = {}
-    for row in board.of_kind("pre", "post"):
+    for row in board.parents:
         titles[row.trial] = [row.label]
     picks = named_picks(board)
     names = list(picks)
@@ -140,7 +140,7 @@ def _page(
         notes=notes,
         rows=[*board.front, *(row for row in board.uniform_line() if not row.front), *board.alternatives],
         beside=[name for name in BESIDE if name not in dict(board.objectives)],
-        wins=lambda row, name: all(beats(row, board, parent, name) for parent in ("pre", "post")),
+        wins=lambda row, name: all(beats(row, board, parent.label, name) for parent in board.parents),
         searched=len(board.of_kind("search")),
         baselines=len(board.uniform_line()),
         pictures=pictures,
@@ -155,7 +155,7 @@ def _page(
 
 def _calibration(store: StudyStore, board: Board) -> CalibrationTable | None:
     """Calibrators side by side; None until the report split is scored, or where it is too small to split again."""
-    if board.questions["report"] < 4 or not all(row.report for row in board.of_kind("pre", "post")):
+    if board.questions["report"] < 4 or not all(row.report for row in board.parents):
         return None
     return calibration_table(board, Scores(store))
 

@@ -8,9 +8,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from objectives.estimators.methods import get_estimator
-from search.errors import ConfigError
+from search.errors import ConfigError, MergeError
+from search.merging.methods.table import OPTIONS, get_method
 
 PREDICTED = "answers"  # of fidelity.estimator: a model of answers instead of one of items
+
+
+MAX_EXPERTS = 16
+_KINDS = ("pre", "post", "uniform", "search", "alternative")  # what a row of a board may be called
 
 
 class Section(BaseModel):
@@ -20,29 +25,134 @@ class Section(BaseModel):
 
 
 class ParentsConfig(Section):
-    """The two checkpoints: a folder, or a hub id such as `org/name` or `org/name@revision`."""
+    """The checkpoints: folders, or hub ids such as `org/name` or `org/name@revision`.
+
+    `pre` and one `post`, or `pre` and several `experts` by name, all of them trained from `pre`.
+    """
 
     pre: str = Field(min_length=1)
-    post: str = Field(min_length=1)
+    post: str | None = Field(default=None, min_length=1)
+    experts: dict[str, str] | None = None
+
+    @field_validator("experts")
+    @classmethod
+    def _fit_names(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        for name, place in (value or {}).items():
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name) or name in _KINDS:
+                raise ValueError(
+                    f"found name {name!r}, wanted 1 to 32 of a-z, 0-9, _ and -, and none of {', '.join(_KINDS)}"
+                )
+            if not place:
+                raise ValueError(f"{name} has no place; give a folder or a hub id")
+        if value is not None and not 2 <= len(value) <= MAX_EXPERTS:
+            raise ValueError(
+                f"found {len(value)}, wanted 2 to {MAX_EXPERTS}; a single one is called parents.post"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ParentsConfig:
+        if (self.post is None) == (self.experts is None):
+            found = "neither" if self.post is None else "both"
+            raise ValueError(
+                f"post, experts: found {found}; give one checkpoint as post, or several as experts"
+            )
+        return self
+
+    @property
+    def post_trained(self) -> dict[str, str]:
+        """Places of the experts by name; a single one is called `post`."""
+        return {"post": self.post} if self.post is not None else dict(self.experts or {})
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Places of all parents by name, pre first."""
+        return {"pre": self.pre, **self.post_trained}
 
 
 class MergeConfig(Section):
-    """How two tensors become one, and the dtype of the result."""
+    """How the parents' tensors become one, and the dtype of the result.
 
-    method: Literal["linear", "slerp"] = "linear"
+    `method` is a name of `search.merging.methods.table`, or a list of them: then it is searched, too. Its
+    hyper-parameters are numbers, or `[low, high]` to be searched together with the coefficients. `seed` draws the
+    random masks of DARE and DELLA, the same for every trial.
+    """
+
+    method: str | list[str] = "linear"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    density: float | list[float] | None = None
+    scaling: float | list[float] | None = None
+    epsilon: float | list[float] | None = None
+    gamma: float | list[float] | None = None
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str | list[str]) -> str | list[str]:
+        names = [value] if isinstance(value, str) else value
+        if not names:
+            raise ValueError("found none; name one, or a list to be searched")
+        for name in names:
+            try:
+                get_method(name)
+            except MergeError as error:
+                raise ValueError(str(error).removeprefix("merge.method: ")) from error
+        if len(set(names)) != len(names):
+            raise ValueError("found one twice; name each once")
+        return value
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> MergeConfig:
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not any(name in get_method(method).options for method in self.methods):
+                raise ValueError(f"{name}: does not go with {', '.join(self.methods)}; remove it")
+            ends = value if isinstance(value, list) else [value]
+            if isinstance(value, list) and not (len(ends) == 2 and ends[0] < ends[1]):
+                raise ValueError(f"{name}: found {value}, wanted a number, or [low, high] to search it")
+            for end in ends:
+                if (fault := option.fault(end)) is not None:
+                    raise ValueError(f"{name}: {fault}")
+        if any("epsilon" in get_method(method).options for method in self.methods):
+            self._check_epsilon()
+        return self
+
+    def _check_epsilon(self) -> None:
+        (low, high), (_, spread) = (self.range_of(name) for name in ("density", "epsilon"))
+        if low - spread <= 0.0 or (high < 1.0 and high + spread >= 1.0):
+            raise ValueError(
+                f"epsilon: found up to {spread:g} with density from {low:g} to {high:g}, wanted density - epsilon "
+                "above 0 and density + epsilon below 1"
+            )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Their names; several are searched."""
+        return (self.method,) if isinstance(self.method, str) else tuple(self.method)
+
+    def range_of(self, option: str) -> tuple[float, float]:
+        """Lowest and highest value of a hyper-parameter, equal if it is not searched."""
+        value = getattr(self, option)
+        if value is None:
+            value = OPTIONS[option].default
+        return (value[0], value[1]) if isinstance(value, list) else (value, value)
 
 
 class SpaceConfig(Section):
-    """Which tensors share a coefficient, and how far a coefficient may go: 0 is `pre`, 1 is `post`.
+    """Which tensors share a coefficient, and how far a coefficient may go: 0 is `pre`, 1 is `post` or one expert.
 
     Bounds hold both parents, since the parents and the uniform line are trials of every study and seed its search.
+    With several experts each has a coefficient of its own in every group; `simplex` keeps them at or above 0 with a sum
+    of 1, so that a merge is a mean of the experts and `pre` has no part in it.
     """
 
     granularity: str = "layer"
     components: list[Literal["attention", "mlp", "norms"]] = []
     low: float = Field(default=0.0, ge=-10.0, le=0.0)
     high: float = Field(default=1.0, ge=1.0, le=10.0)
+    simplex: bool = False
 
     @field_validator("granularity")
     @classmethod
@@ -61,6 +171,8 @@ class SpaceConfig(Section):
             raise ValueError(
                 f"components: do not go with granularity {self.granularity}; remove one of the two"
             )
+        if self.simplex and (self.low, self.high) != (0.0, 1.0):
+            raise ValueError(f"simplex: goes with low 0 and high 1, found {self.low:g} and {self.high:g}")
         return self
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from search.baselines import BASELINES
+from search.baselines import BASELINES, PARENTS
 from search.budget import expected_trials
 from search.database import shown
 from search.front import hypervolume, worst_corner
@@ -109,10 +109,10 @@ def read_status(store: StudyStore) -> Status:
         storage=shown(store.url),
         trials={state: counts.get(state, 0) for state in STATES},
         total=expected_trials(
-            records, len(BASELINES) + int(store.attribute("trials")), store.attribute("tokens")
+            records, _baselines(store) + int(store.attribute("trials")), store.attribute("tokens")
         ),
         front=len(front_of(done, maximize)),
-        hypervolume=_volume(done, maximize),
+        hypervolume=_volume(done, maximize, 1 + len(config["parents"].get("experts") or ["post"])),
         seconds_per_trial=float(np.median(seconds)) if seconds else None,
         failures=tuple(
             f"trial {r.number}: {r.attributes.get('error', 'unknown')}"
@@ -138,10 +138,14 @@ def _saved(tried: Sequence[TrialRecord]) -> int:
     return whole * len(taken) - sum(taken)
 
 
-def _volume(done: list[TrialRecord], maximize: list[bool]) -> float | None:
-    parents = [record.values for record in done if record.kind in ("pre", "post")]
-    if len(parents) < 2:
+def _baselines(store: StudyStore) -> int:
+    return int(store.attribute("facts").get("baselines", len(BASELINES)))
+
+
+def _volume(done: list[TrialRecord], maximize: list[bool], wanted: int) -> float | None:
+    """None until all `wanted` parents are scored."""
+    parents = [record.values for record in done if record.kind in PARENTS]
+    if len(parents) < wanted:
         return None
-    both = np.array(parents)
-    corner = worst_corner(both, maximise=maximize)
+    corner = worst_corner(np.array(parents), maximise=maximize)
     return hypervolume(np.array([record.values for record in done]), corner, maximise=tuple(maximize))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import optuna
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
@@ -133,15 +133,19 @@ class StudyStore:
         self,
         kind: str,
         coefficients: Mapping[str, float],
-        bounds: tuple[float, float],
+        distributions: Mapping[str, BaseDistribution],
         attributes: Mapping[str, Any],
         tags: Mapping[str, Any],
     ) -> TrialRecord:
-        """Creates a running trial of this worker, whole in one transaction. Call it while `exclusive`."""
+        """Creates a running trial of this worker, whole in one transaction. Call it while `exclusive`.
+
+        Args:
+            coefficients: all numbers of the recipe; of a categorical one the index of the choice.
+        """
         template = create_trial(
             state=TrialState.RUNNING,
-            params=dict(coefficients),
-            distributions={name: FloatDistribution(*bounds) for name in coefficients},
+            params={name: _external(value, distributions[name]) for name, value in coefficients.items()},
+            distributions=dict(distributions),
             user_attrs={"kind": kind, **attributes, "worker": this_worker().to_json(), "tries": 1},
             system_attrs=dict(tags),
         )
@@ -286,3 +290,10 @@ class StudyStore:
             if error:
                 self._storage.set_trial_user_attr(self._history.id_of(number), "error", error[:2000])
             self._storage.set_trial_state_values(self._history.id_of(number), state, values)
+
+
+def _external(value: float, distribution: BaseDistribution) -> Any:
+    """A number as Optuna's users see it."""
+    return (
+        distribution.to_external_repr(value) if isinstance(distribution, CategoricalDistribution) else value
+    )

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from objectives.diversity import Diversity
 from objectives.evaluator import Evaluation
 from objectives.metrics import Metric
-from search.baselines import BASELINES, missing_baseline
+from search.baselines import missing_baseline
 from search.batches import size_batches, size_batches_held
 from search.budget import within_tokens
 from search.errors import (
@@ -41,7 +41,6 @@ from search.materials import Materials, Split
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
 from search.samplers import Engine, Proposal, Sources, WeightedGradient, make_engine
-from search.space import Recipe
 from search.storage import StudyStore, TrialRecord
 
 MAX_FAILURES_IN_A_ROW = 5  # then the set-up is broken, not the recipes
@@ -83,6 +82,11 @@ class _Worker:
     observer: Observer
     watch: Stopwatch
     memory: Memory
+
+    def seen(self, record: TrialRecord) -> TrialRecord:
+        """A trial as engines see it: every number in the box."""
+        space = self.materials.space
+        return replace(record, coefficients=space.coordinates(record.coefficients)) if space.axes else record
 
     @cached_property
     def stages(self) -> Stages | None:
@@ -128,12 +132,13 @@ def run(
 
     bounds = (materials.space.low, materials.space.high)
     sources = Sources(materials.metrics, gradient, answers, lambda record: materials.losses(answers(record)))
-    engine = make_engine(materials.config.sampler, materials.space.names, bounds, sources, materials.idle)
+    names, first = materials.space.names, len(materials.baselines)
+    engine = make_engine(materials.config.sampler, names, bounds, sources, materials.idle, first)
     worker = _Worker(
         store, materials, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()
     )
     before = store.trials()
-    worker.observer.started(before, len(BASELINES) + int(store.attribute("trials")))
+    worker.observer.started(before, first + int(store.attribute("trials")))
     for trial in _asked(worker, first=len(before)):
         worker.observer.step("asked", trial)
         _run_trial(worker, trial)
@@ -168,24 +173,25 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
     history = store.trials()
     _stop_after_failures(history[first:])
     given_out = sum(record.state != "failed" for record in history)
-    if given_out >= len(BASELINES) + int(store.attribute("trials")):
+    every = worker.materials.baselines
+    if given_out >= len(every) + int(store.attribute("trials")):
         return None
-    missing = missing_baseline(history, space)
+    missing = missing_baseline(history, every)
     if missing is None and not _affordable(worker, history):
         return None
     if missing is not None:
-        kind, coefficient = BASELINES[missing]
-        recipe, tags = space.uniform(coefficient), engine.baseline_tags(missing)
+        kind, recipe, tags = every[missing].kind, every[missing].recipe, engine.baseline_tags(missing)
+        known = {"label": every[missing].label}
     else:
         with worker.watch.measuring("propose"):
-            proposal = _proposed(engine, as_learnt(history))
-        kind, tags = "search", proposal.tags
+            proposal = _proposed(engine, [worker.seen(record) for record in as_learnt(history)])
+        kind, tags, known = "search", proposal.tags, {}
         recipe = space.from_vector([proposal.coefficients[name] for name in space.names])
     return store.claim(
         kind,
         recipe.coefficients,
-        (space.low, space.high),
-        {"method": recipe.method, "recipe": recipe.key},
+        worker.materials.distributions,
+        {"method": recipe.method, "recipe": recipe.key, **known},
         tags,
     )
 
@@ -303,7 +309,7 @@ def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Score
         observer.batches(tokens)
     observer.step("merging", trial)
     with watch.measuring("merge"):
-        materials.merge(Recipe(materials.space.method, trial.coefficients))
+        materials.merge(trial.recipe)
     observer.step("merged", trial)
     with watch.measuring("score"):
         stages = worker.stages if split == "search" and trial.kind == "search" else None

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, DateTime, Engine, TableClause, column, select, table
 
+from search.space import Recipe
+
 State = Literal["complete", "stopped", "failed", "running", "waiting"]
 
 PROPOSAL_TOKENS = "mergefront:proposal_tokens"  # tag of a trial: what its engine spent on the proposal
@@ -67,6 +69,11 @@ class TrialRecord:
     attributes: Mapping[str, Any]
     tags: Mapping[str, Any]  # what the engine that proposed it wants to find again
     seconds: float | None
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was merged."""
+        return Recipe(str(self.attributes["method"]), self.coefficients)
 
     @property
     def tokens(self) -> int:

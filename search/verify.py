@@ -20,7 +20,8 @@ from search.errors import ConfigError, ExportError
 from search.evidence import EvidenceFolder
 from search.export import CONFIG, MODEL
 from search.manifest import MANIFEST, read_manifest
-from search.mergekit_config import read_config_weights
+from search.materials import blend_of, make_space
+from search.mergekit_config import check_config
 from search.merging.checkpoint import Checkpoint
 from search.merging.header import shown
 from search.merging.layout import empty_model, load_config, read_layout
@@ -28,9 +29,7 @@ from search.merging.loading import REFUSED, load_model
 from search.merging.parents import Parents
 from search.merging.placement import choose_device, place
 from search.merging.tokenizers import load_tokenizer
-from search.merging.weights import tensor_weights
 from search.opening import moved_config
-from search.space import CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
 
 # How far a log-likelihood may lie from the stored one: absolute, and as a share of it. The weights are the same bits,
@@ -109,21 +108,17 @@ class ExportedStudy:
 
     def compared(self, path: Path) -> Iterator[str]:
         """Without weights: what the mergekit config does to every tensor, against the recipe."""
-        parents = Parents.open(self.config.parents.pre, self.config.parents.post, check_values=False)
+        parents = Parents.open(self.config.parents.pre, self.config.parents.post_trained, check_values=False)
         if parents.digest != self.store.attribute("identity")["parents"]:
             raise ConfigError(
                 f"study '{self.store.name}': parents changed since it began. "
                 "Name their place: --set parents.pre=FOLDER."
             )
-        space = CoefficientSpace.build(parents.names, self.config.space, self.config.merge.method)
-        recipe = Recipe(str(self.record.attributes["method"]), self.record.coefficients)
-        wanted = tensor_weights(parents, space.by_tensor(recipe), recipe.method)
-        for name, pair in read_config_weights(path, wanted).items():
-            if pair != wanted[name]:
-                raise ExportError(
-                    f"{path}: tensor {shown(name)}: weights {pair}, the recipe says {wanted[name]}. Export again."
-                )
-        yield f"{CONFIG} gives all {len(wanted)} tensors the weights of the recipe; no checkpoint, nothing was scored"
+        space = make_space(self.config, parents)
+        blend = blend_of(self.config, parents, space, self.record.recipe)
+        check_config(path, parents, blend)
+        count = len(blend.weights)
+        yield f"{CONFIG} gives all {count} tensors the weights of the recipe; no checkpoint, nothing was scored"
 
     def rescored(self, folder: Path, device: str) -> Iterator[str]:
         """With weights: the checkpoint is checked, loaded, and scored on every stored split."""

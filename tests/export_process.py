@@ -14,7 +14,7 @@ import search.merging.save
 import search.staging
 from search.board import read_board
 from search.export import export_rows
-from search.merging.methods.linear import weighted_sum
+from search.merging.blend import merging
 from search.storage import StudyStore
 
 # Children are forked from a server that has imported everything and computed nothing.
@@ -69,16 +69,16 @@ def limit_files() -> None:
 
 def kill_in_the_middle() -> None:
     """At the tenth tensor."""
-    merge = weighted_sum
     calls: list[int] = []
 
-    def strike(*arguments: Any, **options: Any) -> None:
-        calls.append(1)
-        if len(calls) == 10:
-            os.kill(os.getpid(), signal.SIGKILL)
-        merge(*arguments, **options)
+    def strike(*arguments: Any) -> Any:
+        for name, fill in merging(*arguments):
+            calls.append(1)
+            if len(calls) == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield name, fill
 
-    setattr(search.merging.save, "weighted_sum", strike)  # noqa: B010
+    setattr(search.merging.save, "merging", strike)  # noqa: B010
 
 
 def kill_before_the_rename() -> None:

@@ -6,6 +6,7 @@ For example `save_pico(tmp_path / "pre", "qwen3", seed=0, dtype="bfloat16", shar
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,19 @@ def block_network(monkeypatch: Any) -> None:
 def save_pair(tmp: Path, arch: str = "llama", **options: Any) -> tuple[Path, Path]:
     """`pre` (seed 0) and `post` (seed 1) below `tmp`."""
     return save_pico(tmp / "pre", arch, 0, **options), save_pico(tmp / "post", arch, 1, **options)
+
+
+def save_experts(tmp: Path, names: Sequence[str], arch: str = "llama", **options: Any) -> dict[str, Path]:
+    """`pre` below `tmp`, and experts that lie a little way from it in different directions, as fine-tuned ones do."""
+    from transformers import AutoModelForCausalLM
+
+    pre = save_pico(tmp / "pre", arch, 0, **options)
+    for seed, name in enumerate(names, start=1):
+        model = AutoModelForCausalLM.from_pretrained(pre, dtype=torch.float32)
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+        model.to(getattr(torch, options.get("dtype", "float32"))).save_pretrained(tmp / name)
+        pico_tokenizer().save_pretrained(tmp / name)
+    return {"pre": pre, **{name: tmp / name for name in names}}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.pico import save_pair
+from tests.pico import save_experts, save_pair
 
 WORDS = ("red", "green", "blue", "old", "new", "fast", "slow", "big", "tiny", "warm")
 
@@ -34,17 +35,32 @@ def write_prompts(path: Path, count: int = 10) -> Path:
 
 
 def write_study(
-    folder: Path, *, arch: str = "llama", parents: dict[str, Any] | None = None, **keys: Any
+    folder: Path,
+    *,
+    arch: str = "llama",
+    parents: dict[str, Any] | None = None,
+    experts: Sequence[str] = (),
+    **keys: Any,
 ) -> Path:
-    """Writes parents, questions and study file below `folder`; `keys` replace sections of the study file."""
+    """Writes parents, questions and study file below `folder`; `keys` replace sections of the study file.
+
+    Args:
+        parents: options of the pico models. experts: several by name, instead of `post`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "pre").exists():
-        save_pair(folder, arch, **(parents or {}))
+        if experts:
+            save_experts(folder, experts, arch, **(parents or {}))
+        else:
+            save_pair(folder, arch, **(parents or {}))
         write_questions(folder / "questions.jsonl")
+    places: dict[str, Any] = {"post": "./post"}
+    if experts:
+        places = {"experts": {name: f"./{name}" for name in experts}}
     study = {
         "schema": 1,
         "name": "pico",
-        "parents": {"pre": "./pre", "post": "./post"},
+        "parents": {"pre": "./pre", **places},
         "space": {"granularity": "layer", "components": ["attention", "mlp"], "low": -0.2, "high": 1.2},
         "tasks": [{"path": "./questions.jsonl", "name": "made-up"}],
         "objectives": ["accuracy", "ece"],

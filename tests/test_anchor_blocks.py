@@ -21,7 +21,7 @@ SLIDING = {"mistral": 4, "gemma2": 4, "gemma3": 4}
 @pytest.mark.parametrize("arch", ARCHS)
 def test_blocks_compute_what_the_model_computes(arch: str, tmp_path: Path) -> None:
     window = {"sliding_window": SLIDING[arch]} if arch in SLIDING else {}
-    pair = Parents.open(*map(str, save_pair(tmp_path, arch, **window)))
+    pair = Parents.pair(*map(str, save_pair(tmp_path, arch, **window)))
     blocks = Blocks(pair)
     model = pico_model(arch, 0, **window)
     model.set_attn_implementation("eager")

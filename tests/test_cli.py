@@ -44,10 +44,10 @@ def test_launch_resume_status_front(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli("check", study)
     assert code == 0
     assert "architecture and tokenizers agree" in out
-    assert "equal in both parents" not in out
+    assert "change nothing" not in out
     assert not (tmp_path / "runs").exists(), "check runs nothing"
     code, out, err = cli("check", study, "--set", f"parents.post={tmp_path / 'study' / 'pre'}")
-    assert "7 of 7 groups are equal in both parents" in out
+    assert "7 of 7 coefficients change nothing" in out
     code, out, err = cli("launch", study)
     assert code == 0, err
     assert "Traceback" not in err

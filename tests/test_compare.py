@@ -233,7 +233,7 @@ def test_engines_that_do_not_exist_are_refused(tmp_path: Path, engines: str, wan
 )
 def test_budgets_that_are_none_are_refused(text: str, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
-        budget_tokens(text, 1000)
+        budget_tokens(text, 1000, FIRST)
 
 
 def test_shared_materials_are_of_one_study(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from objectives.backward import GRAPH_SHARE
 from objectives.losses import BRIER, CROSS_ENTROPY, SOFT_BINNED_ECE, Loss, scalarized
 from objectives.scoring import Scorer, plain_loglikelihoods
 from objectives.tasks import Question
-from search.config import SpaceConfig, TaskConfig
+from search.config import MergeConfig, SpaceConfig, TaskConfig
 from search.errors import ConfigError, EvaluationError, MergeError
 from search.gradient import CoefficientGradient
+from search.merging.blend import make_blend
 from search.merging.checkpoint import SINGLE
 from search.merging.live import LiveModel
 from search.merging.methods.linear import coefficient_derivative
@@ -55,7 +56,7 @@ def save_parents(folder: Path, layout: str = "llama") -> Parents:
         model = sharp(pico_model(arch, seed, **{"max_position_embeddings": 2048, **overrides}), 3.0)
         model.save_pretrained(folder / name)
         pico_tokenizer().save_pretrained(folder / name)
-    return Parents.open(str(folder / "pre"), str(folder / "post"))
+    return Parents.pair(str(folder / "pre"), str(folder / "post"))
 
 
 def asked(n: int = 10, shots: int = 0, letter: bool = False) -> tuple[Question, ...]:
@@ -68,7 +69,7 @@ def gradient_of(
     parents: Parents, questions: Sequence[Question], dtype: str = "float64", batch_tokens: int | None = None
 ) -> CoefficientGradient:
     live = LiveModel(parents, dtype)
-    space = CoefficientSpace.build(parents.names, SPACE, "linear")
+    space = CoefficientSpace.build(parents.names, SPACE, MergeConfig())
     return CoefficientGradient(
         live, space, Scorer(live.model, parents.tokenizer(), batch_tokens), questions, TASKS
     )
@@ -195,7 +196,7 @@ def test_a_group_equal_in_both_parents_has_gradient_zero(tmp_path: Path) -> None
         save_file(
             {**post, **{name: pre[name] for name in names}}, tmp_path / "post" / SINGLE, {"format": "pt"}
         )
-        changed = Parents.open(str(tmp_path / "pre"), str(tmp_path / "post"))
+        changed = Parents.pair(str(tmp_path / "pre"), str(tmp_path / "post"))
         gradient = gradient_of(changed, asked(4, 1))
         found = gradient.at(some_recipe(gradient.space), MIXED)
         same = np.array([all(name in names for name in group.tensors) for group in gradient.space.groups])
@@ -209,7 +210,7 @@ def test_the_live_model_is_left_as_a_merge_leaves_it(tmp_path: Path) -> None:
     parents = save_parents(tmp_path)
     gradient = gradient_of(parents, asked(4, 1), "float32")
     live, recipe = gradient._live, some_recipe(gradient.space)
-    live.apply(gradient.space.by_tensor(recipe))
+    live.apply(make_blend(live.parents, gradient.space.by_tensor(recipe)))
     merged = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
 
     def untouched() -> bool:
@@ -253,7 +254,7 @@ def test_one_gradient_is_held_at_a_time(layout: str, tmp_path: Path, monkeypatch
 def test_what_cannot_be_differentiated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parents, questions = save_parents(tmp_path), asked(4)
     live = LiveModel(parents)
-    slerp = CoefficientSpace.build(parents.names, SPACE, "slerp")
+    slerp = CoefficientSpace.build(parents.names, SPACE, MergeConfig(method="slerp"))
     scorer = Scorer(live.model, parents.tokenizer())
     with pytest.raises(ConfigError, match="a gradient needs merge"):
         CoefficientGradient(live, slerp, scorer, questions, TASKS)

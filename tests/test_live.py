@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from search.errors import MergeError
+from search.merging.blend import make_blend
 from search.merging.checkpoint import SINGLE
 from search.merging.live import LiveModel
 from search.merging.methods.linear import merge_linear
@@ -24,9 +25,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     block_network(monkeypatch)
 
 
-def coefficients_for(parents: Parents) -> dict[str, float]:
+def coefficients_for(parents: Parents) -> dict[str, tuple[float]]:
     """Another coefficient for each tensor, extrapolation included."""
-    return {name: -0.2 + 1.4 * index / len(parents.names) for index, name in enumerate(parents.names)}
+    return {name: (-0.2 + 1.4 * index / len(parents.names),) for index, name in enumerate(parents.names)}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -36,12 +37,12 @@ def test_logits_equal_those_of_the_merged_checkpoint(
     arch: str, tied: bool, dtype: str, tmp_path: Path
 ) -> None:
     pre, post = save_pair(tmp_path, arch, tied=tied, dtype="bfloat16")
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     live = LiveModel(parents, dtype)
     coefficients = coefficients_for(parents)
-    live.apply(coefficients, "linear")
+    live.apply(make_blend(parents, coefficients))
     merged = {}
-    for name, c in coefficients.items():
+    for name, (c,) in coefficients.items():
         pair = [parents.pre.tensor(name).float(), parents.post.tensor(name).float()]
         merged[name] = merge_linear(pair, [1 - c, c]).to(live.dtype)
     for file in post.iterdir():
@@ -57,13 +58,12 @@ def test_logits_equal_those_of_the_merged_checkpoint(
 
 def test_starts_as_post_and_returns_to_either_parent(tmp_path: Path) -> None:
     pre, post = save_pair(tmp_path, tied=True)
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     live = LiveModel(parents)
     for coefficient, folder in ((None, post), (0.0, pre), (0.37, None), (1.0, post), (0.0, pre)):
         if coefficient is not None:
-            live.apply(
-                dict.fromkeys(parents.names, coefficient), "slerp" if coefficient == 0.37 else "linear"
-            )
+            method = "slerp" if coefficient == 0.37 else "linear"
+            live.apply(make_blend(parents, dict.fromkeys(parents.names, (coefficient,)), method))
         if folder is not None:
             with torch.no_grad():
                 wanted = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
@@ -74,7 +74,7 @@ def test_starts_as_post_and_returns_to_either_parent(tmp_path: Path) -> None:
 def test_parameters_are_not_the_mapped_file(tmp_path: Path) -> None:
     pre, post = save_pair(tmp_path)
     before = [(folder / SINGLE).read_bytes() for folder in (pre, post)]
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     live = LiveModel(parents)
     ranges = [
         line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
@@ -83,14 +83,14 @@ def test_parameters_are_not_the_mapped_file(tmp_path: Path) -> None:
     for parameter in live.model.parameters():
         assert not any(low <= parameter.data_ptr() < high for low, high in spans)
     addresses = {name: p.data_ptr() for name, p in live.model.named_parameters()}
-    live.apply(dict.fromkeys(parents.names, 0.5))
+    live.apply(make_blend(parents, dict.fromkeys(parents.names, (0.5,))))
     assert {name: p.data_ptr() for name, p in live.model.named_parameters()} == addresses  # in place
     assert [(folder / SINGLE).read_bytes() for folder in (pre, post)] == before
     assert torch.equal(parents.pre.tensor("model.norm.weight"), load_file(pre / SINGLE)["model.norm.weight"])
 
 
 def test_eval_mode_without_gradients(tmp_path: Path) -> None:
-    parents = Parents.open(*map(str, save_pair(tmp_path)))
+    parents = Parents.pair(*map(str, save_pair(tmp_path)))
     model = LiveModel(parents, torch.float16).model
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
@@ -98,18 +98,18 @@ def test_eval_mode_without_gradients(tmp_path: Path) -> None:
 
 
 def test_recipe_that_does_not_fit(tmp_path: Path) -> None:
-    parents = Parents.open(*map(str, save_pair(tmp_path)))
+    parents = Parents.pair(*map(str, save_pair(tmp_path)))
     live = LiveModel(parents)
-    full = dict.fromkeys(parents.names, 0.5)
+    full = dict.fromkeys(parents.names, (0.5,))
     short = {name: c for name, c in full.items() if name != "model.norm.weight"}
     for coefficients, method, wanted in (
         (short, "linear", "model.norm.weight has no coefficient"),
-        ({**full, "lm_heat": 0.1}, "linear", "lm_heat is not a tensor"),
-        ({**full, "model.norm.weight": float("nan")}, "slerp", "model.norm.weight is nan"),
-        (full, "ties", "'ties' is not known. Use one of linear, slerp"),
+        ({**full, "lm_heat": (0.1,)}, "linear", "lm_heat is not a tensor"),
+        ({**full, "model.norm.weight": (float("nan"),)}, "slerp", r"model.norm.weight is \[nan\]"),
+        (full, "karcher", "karcher merges at least 2 experts"),
     ):
         with pytest.raises(MergeError, match=wanted):
-            live.apply(coefficients, method)
+            live.apply(make_blend(parents, coefficients, method))
 
 
 def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
         tensors = load_file(folder / SINGLE)
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
         save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     live = LiveModel(parents, "float16")
-    live.apply(dict.fromkeys(parents.names, 0.5))
+    live.apply(make_blend(parents, dict.fromkeys(parents.names, (0.5,))))
     with pytest.raises(
         MergeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: a merged value does not fit"
     ):
-        live.apply(dict.fromkeys(parents.names, 1.5))
+        live.apply(make_blend(parents, dict.fromkeys(parents.names, (1.5,))))

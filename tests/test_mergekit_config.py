@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from search.errors import ExportError
 from search.mergekit_config import (
-    Pair,
+    Weights,
     caveats,
+    check_config,
     config_text,
     first_match,
     make_filters,
@@ -30,11 +31,10 @@ from search.mergekit_config import (
     number,
     place_of,
     quoted,
-    read_config_weights,
 )
+from search.merging.blend import Blend, make_blend
 from search.merging.parents import Parents
 from search.merging.save import save_checkpoint
-from search.merging.weights import tensor_weights
 from tests.pico import save_pair, save_pico
 
 PART = st.sampled_from(
@@ -44,13 +44,13 @@ NAMES = st.lists(st.lists(PART, min_size=1, max_size=5).map(".".join), min_size=
 FEW = st.sampled_from([0.0, 0.25, 1.0])
 
 
-def weights_of(parents: Parents, method: str = "linear") -> dict[str, Pair]:
+def blend_for(parents: Parents, method: str = "linear") -> Blend:
     """Another coefficient for every tensor, some outside [0, 1], some equal."""
     coefficients = {
-        name: round(-0.15 + 1.3 * math.sin(i // 2) ** 2, 7) for i, name in enumerate(parents.names)
+        name: (round(-0.15 + 1.3 * math.sin(i // 2) ** 2, 7),) for i, name in enumerate(parents.names)
     }
-    found = tensor_weights(parents, coefficients, method)
-    return {name: found[name] for name in natural(found)}
+    found = make_blend(parents, coefficients, method)
+    return found.in_order(natural(found.weights))
 
 
 def rebuilt(config: str, out: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def test_filters_are_compact_and_tell_layer_1_from_10() -> None:
 
 
 def test_a_name_inside_another_name_comes_after_it() -> None:
-    weights: dict[str, Pair] = {
+    weights: dict[str, Weights] = {
         "norm.weight": (1.0, 0.0),
         "pre_norm.weight": (0.0, 1.0),
         "x.pre_norm.weight": (0.5, 0.5),
@@ -143,15 +143,15 @@ def test_mergekit_rebuilds_the_same_bits(
     tmp_path: Path, arch: str, options: dict[str, Any], stored: str
 ) -> None:
     pre, post = save_pair(tmp_path, arch, dtype=stored, **options)
-    parents = Parents.open(str(pre), str(post))
-    weights = weights_of(parents)
+    parents = Parents.pair(str(pre), str(post))
+    blend = blend_for(parents)
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         (tmp_path / name).mkdir()
-        save_checkpoint(parents, weights, dtype, tmp_path / name)
+        save_checkpoint(parents, blend, dtype, tmp_path / name)
         ours = loaded(tmp_path / name)
         theirs = rebuilt(
-            config_text(parents, weights, (str(pre), str(post)), name, []), tmp_path / f"mergekit-{name}"
+            config_text(parents, blend, (str(pre), str(post)), name, []), tmp_path / f"mergekit-{name}"
         )
         assert theirs.keys() == ours.keys() == set(parents.names)
         assert all(tensor.dtype == dtype for tensor in theirs.values())
@@ -161,13 +161,13 @@ def test_mergekit_rebuilds_the_same_bits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slerp_is_rebuilt_by_linear(tmp_path: Path, dtype: torch.dtype) -> None:
     pre, post = save_pair(tmp_path, "llama")
-    parents = Parents.open(str(pre), str(post))
-    weights = weights_of(parents, "slerp")
-    assert any(abs(sum(pair) - 1) > 0.01 for pair in weights.values())
+    parents = Parents.pair(str(pre), str(post))
+    blend = blend_for(parents, "slerp")
+    assert any(abs(sum(pair) - 1) > 0.01 for pair in blend.weights.values())
     (tmp_path / "ours").mkdir()
-    save_checkpoint(parents, weights, dtype, tmp_path / "ours")
+    save_checkpoint(parents, blend, dtype, tmp_path / "ours")
     name = str(dtype).removeprefix("torch.")
-    theirs = rebuilt(config_text(parents, weights, (str(pre), str(post)), name, []), tmp_path / "mergekit")
+    theirs = rebuilt(config_text(parents, blend, (str(pre), str(post)), name, []), tmp_path / "mergekit")
     assert differing(loaded(tmp_path / "ours"), theirs) == 0
 
 
@@ -185,16 +185,17 @@ def with_neox_buffers(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mergekit_rebuilds_gpt_neox_that_stores_its_buffers(tmp_path: Path, dtype: torch.dtype) -> None:
     pre, post = save_pair(tmp_path, "gpt_neox")
-    assert "asks GPT-NeoX parents for buffers" in caveats(Parents.open(str(pre), str(post)))[0]
+    parents = Parents.pair(str(pre), str(post))
+    assert "asks GPT-NeoX parents for buffers" in caveats(parents, blend_for(parents))[0]
     with_neox_buffers(pre)
     with_neox_buffers(post)
-    parents = Parents.open(str(pre), str(post))
-    assert caveats(parents) == []
-    weights = weights_of(parents)
+    parents = Parents.pair(str(pre), str(post))
+    assert caveats(parents, blend_for(parents)) == []
+    blend = blend_for(parents)
     (tmp_path / "ours").mkdir()
-    save_checkpoint(parents, weights, dtype, tmp_path / "ours")
+    save_checkpoint(parents, blend, dtype, tmp_path / "ours")
     name = str(dtype).removeprefix("torch.")
-    theirs = rebuilt(config_text(parents, weights, (str(pre), str(post)), name, []), tmp_path / "mergekit")
+    theirs = rebuilt(config_text(parents, blend, (str(pre), str(post)), name, []), tmp_path / "mergekit")
     ours = loaded(tmp_path / "ours")
     assert ours.keys() == set(parents.names) <= theirs.keys()
     assert differing(ours, theirs) == 0
@@ -205,11 +206,9 @@ def test_an_alias_that_one_parent_stores_is_rebuilt_as_what_it_is_tied_to(tmp_pa
     tensors = load_file(pre / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, pre / "model.safetensors", metadata={"format": "pt"})
-    parents = Parents.open(str(pre), str(post))
-    weights = weights_of(parents)
-    theirs = rebuilt(
-        config_text(parents, weights, (str(pre), str(post)), "float32", []), tmp_path / "mergekit"
-    )
+    parents = Parents.pair(str(pre), str(post))
+    blend = blend_for(parents)
+    theirs = rebuilt(config_text(parents, blend, (str(pre), str(post)), "float32", []), tmp_path / "mergekit")
     assert torch.equal(theirs["lm_head.weight"], theirs["model.embed_tokens.weight"])
 
 
@@ -220,12 +219,12 @@ def test_the_command_line_takes_config_and_tokenizer_from_post(tmp_path: Path) -
     folder.mkdir()
     pre = save_pico(folder / "pre", seed=0, chat_template="pre")
     post = save_pico(folder / "post", seed=1, chat_template="post", max_position_embeddings=256)
-    parents = Parents.open(str(pre), str(post))
-    weights = weights_of(parents)
+    parents = Parents.pair(str(pre), str(post))
+    blend = blend_for(parents)
     config = tmp_path / "mergekit_config.yml"
-    config.write_text(config_text(parents, weights, (str(pre), str(post)), "float32", ["trial\n1: # x"]))
+    config.write_text(config_text(parents, blend, (str(pre), str(post)), "float32", ["trial\n1: # x"]))
     (tmp_path / "ours").mkdir()
-    save_checkpoint(parents, weights, torch.float32, tmp_path / "ours")
+    save_checkpoint(parents, blend, torch.float32, tmp_path / "ours")
     for attempt in range(2):
         out = tmp_path / f"out-{attempt}"
         command = [str(Path(sys.executable).with_name("mergekit-yaml")), str(config), str(out)]
@@ -242,21 +241,23 @@ def test_the_command_line_takes_config_and_tokenizer_from_post(tmp_path: Path) -
 
 def test_config_is_read_back_exactly(tmp_path: Path) -> None:
     pre, post = save_pair(tmp_path, "llama")
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     path = tmp_path / "mergekit_config.yml"
-    for weights in (
-        weights_of(parents),
-        dict.fromkeys(parents.names, (0.9, 0.1)),
-        weights_of(parents, "slerp"),
+    for blend in (
+        blend_for(parents),
+        make_blend(parents, dict.fromkeys(parents.names, (0.1,))),
+        blend_for(parents, "slerp"),
     ):
-        path.write_text(config_text(parents, weights, (str(pre), str(post)), "bfloat16", ["x"]))
-        assert read_config_weights(path, weights) == weights
+        path.write_text(config_text(parents, blend, (str(pre), str(post)), "bfloat16", ["x"]))
+        check_config(path, parents, blend)
+        with pytest.raises(ExportError, match="the recipe says"):
+            check_config(path, parents, make_blend(parents, dict.fromkeys(parents.names, (0.7,))))
     path.write_text(path.read_text().replace("normalize: false", "normalize: true"))
-    with pytest.raises(ExportError, match="wanted linear, normalize false"):
-        read_config_weights(path, weights)
+    with pytest.raises(ExportError, match=r"wanted .'linear'.*Export again"):
+        check_config(path, parents, blend)
     path.write_text("models: 3")
     with pytest.raises(ExportError, match="not a config that mergefront wrote"):
-        read_config_weights(path, weights)
+        check_config(path, parents, blend)
 
 
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

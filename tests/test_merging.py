@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from search.errors import MergeError
+from search.merging.blend import make_blend
 from search.merging.checkpoint import SINGLE
 from search.merging.live import LiveModel
 from search.merging.methods import linear
 from search.merging.methods.linear import linear_weights, merge_linear, weighted_sum
 from search.merging.methods.slerp import angle, slerp_weights
 from search.merging.parents import Parents
-from search.merging.weights import tensor_weights
 from tests.pico import ARCHS, save_pair
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,12 +42,12 @@ def test_chunked_kernel_equals_the_definition(
 ) -> None:
     a, b = pair(seed, dtype=source)
     kept = a.clone(), b.clone()
-    wanted = merge_linear([a.float(), b.float()], linear_weights(c)).to(target)
+    wanted = merge_linear([a.float(), b.float()], linear_weights([c])).to(target)
     out = torch.full(a.shape, 7.0, dtype=target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "CHUNK", chunk)
         patch.setattr(linear, "_zeros", lambda: torch.zeros(chunk))
-        weighted_sum(a, b, *linear_weights(c), out)
+        weighted_sum([a, b], linear_weights([c]), out)
     assert torch.equal(out.view(torch.uint8), wanted.view(torch.uint8))  # every bit, signs of zeros too
     assert torch.equal(a, kept[0])  # inputs are not changed
     assert torch.equal(b, kept[1])
@@ -57,17 +57,17 @@ def test_chunked_kernel_equals_the_definition(
 def test_accelerator_path_equals_the_definition(source: torch.dtype) -> None:
     a, b = pair(4, dtype=source)
     out = torch.empty(a.numel(), dtype=torch.bfloat16)
-    linear._fill_at_once(a.view(-1), b.view(-1), 0.25, 0.75, out)
+    linear._fill_at_once([a.view(-1), b.view(-1)], [0.25, 0.75], out)
     assert torch.equal(out.view(a.shape), merge_linear([a.float(), b.float()], [0.25, 0.75]).bfloat16())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_gives_the_same_bits(tmp_path: Path) -> None:
-    parents = Parents.open(*map(str, save_pair(tmp_path, dtype="bfloat16")))
-    coefficients = {n: -0.25 + 1.5 * (i * 7 % 19) / 19 for i, n in enumerate(parents.names)}
+    parents = Parents.pair(*map(str, save_pair(tmp_path, dtype="bfloat16")))
+    coefficients = {n: (-0.25 + 1.5 * (i * 7 % 19) / 19,) for i, n in enumerate(parents.names)}
     host, guest = LiveModel(parents, "bfloat16"), LiveModel(parents, "bfloat16", "cuda")
     for live in (host, guest):
-        live.apply(coefficients)
+        live.apply(make_blend(parents, coefficients))
     for name, tensor in host.model.state_dict().items():
         assert torch.equal(tensor, guest.model.state_dict()[name].cpu()), name
 
@@ -79,7 +79,7 @@ def test_kernel_does_not_depend_on_threads_or_real_chunks(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        weighted_sum(a, b, 0.3, 0.7, out)
+        weighted_sum([a, b], [0.3, 0.7], out)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(out, wanted)
@@ -87,14 +87,14 @@ def test_kernel_does_not_depend_on_threads_or_real_chunks(threads: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "weights", [linear_weights, lambda c: slerp_weights(c, 1.1), lambda c: slerp_weights(c, None)]
+    "weights",
+    [lambda c: linear_weights([c]), lambda c: slerp_weights(c, 1.1), lambda c: slerp_weights(c, None)],
 )
 def test_vertices_reproduce_the_parents(dtype: torch.dtype, weights: Any) -> None:
     parents = pair(3, dtype=dtype)
     for vertex, parent in enumerate(parents):
         out = torch.empty_like(parent)
-        w_pre, w_post = weights(float(vertex))
-        weighted_sum(parents[0], parents[1], w_pre, w_post, out)
+        weighted_sum(parents, weights(float(vertex)), out)
         assert torch.equal(out, parent)
 
 
@@ -103,17 +103,19 @@ def test_vertices_reproduce_the_parents(dtype: torch.dtype, weights: Any) -> Non
 def test_reference_is_a_fused_sum_in_float32(c: float) -> None:
     """Against exact arithmetic: float64 holds a product of two float32 exactly, and its sum is then rounded."""
     a, b = pair(1)
-    w = [float(torch.tensor(x, dtype=torch.float32)) for x in linear_weights(c)]
+    w = [float(torch.tensor(x, dtype=torch.float32)) for x in linear_weights([c])]
     first = (a.double() * w[0]).float()
     exact = first.double() + b.double() * w[1]
-    assert torch.allclose(merge_linear([a, b], linear_weights(c)).double(), exact, rtol=0, atol=2.0**-23 * 8)
+    assert torch.allclose(
+        merge_linear([a, b], linear_weights([c])).double(), exact, rtol=0, atol=2.0**-23 * 8
+    )
 
 
 def test_near_coefficients_stay_apart_in_bfloat16_parents() -> None:
     a, b = pair(2, dtype=torch.bfloat16)
     outs = [torch.empty(a.shape, dtype=torch.float32) for _ in range(2)]
     for out, c in zip(outs, (0.3, 0.301), strict=True):
-        weighted_sum(a, b, *linear_weights(c), out)
+        weighted_sum([a, b], linear_weights([c]), out)
     assert not torch.equal(*outs)
 
 
@@ -125,11 +127,11 @@ def test_refusals() -> None:
         lambda: merge_linear([], []),
         lambda: merge_linear([a, a], [0.5, float("nan")]),
         lambda: merge_linear([a, a.bfloat16()], [0.5, 0.5]),
-        lambda: weighted_sum(a, b, 0.5, 0.5, torch.empty(3, 4)),
-        lambda: weighted_sum(a, a, 0.5, 0.5, torch.empty(4, 3)),
-        lambda: weighted_sum(a, a, 0.5, 0.5, torch.empty(4, 3).t()),
-        lambda: weighted_sum(a, a, 0.5, float("inf"), torch.empty(3, 4)),
-        lambda: weighted_sum(a, a, 1e39, 0.5, torch.empty(3, 4)),
+        lambda: weighted_sum([a, b], [0.5, 0.5], torch.empty(3, 4)),
+        lambda: weighted_sum([a, a], [0.5, 0.5], torch.empty(4, 3)),
+        lambda: weighted_sum([a, a], [0.5, 0.5], torch.empty(4, 3).t()),
+        lambda: weighted_sum([a, a], [0.5, float("inf")], torch.empty(3, 4)),
+        lambda: weighted_sum([a, a], [1e39, 0.5], torch.empty(3, 4)),
     ):
         with pytest.raises(MergeError):
             call()
@@ -138,17 +140,17 @@ def test_refusals() -> None:
 def test_float16_overflow_is_refused_not_stored() -> None:
     a = torch.full((5,), 60_000.0)
     out = torch.empty(5, dtype=torch.float16)
-    weighted_sum(a, a, 0.5, 0.5, out)
+    weighted_sum([a, a], [0.5, 0.5], out)
     with pytest.raises(MergeError, match="w: a merged value does not fit into float16"):
-        weighted_sum(a, a, 1.0, 1.0, out, name="w")
-    weighted_sum(a, a, 1.0, 1.0, torch.empty(5, dtype=torch.bfloat16))
+        weighted_sum([a, a], [1.0, 1.0], out, name="w")
+    weighted_sum([a, a], [1.0, 1.0], torch.empty(5, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 4), (2, 3, 4)])
 def test_any_shape(shape: tuple[int, ...]) -> None:
     a, b = pair(0, shape)
     out = torch.empty(shape)
-    weighted_sum(a, b, 0.25, 0.75, out)
+    weighted_sum([a, b], [0.25, 0.75], out)
     assert torch.equal(out, merge_linear([a, b], [0.25, 0.75]))
 
 
@@ -163,7 +165,7 @@ def test_slerp_equals_mergekit(dtype: torch.dtype, c: float, seed: int, closenes
     a, b = a.to(dtype), (closeness * a + (1 - closeness) * b).to(dtype)
     wanted = slerp(torch.tensor([c]), a[None], b[None])[0]
     out = torch.empty_like(a)
-    weighted_sum(a, b, *slerp_weights(c, angle(a, b)), out)
+    weighted_sum([a, b], slerp_weights(c, angle(a, b)), out)
     scale = max(float(a.abs().max()), float(b.abs().max()))
     unit = torch.finfo(dtype).eps * scale
     assert float((out.float() - wanted.float()).abs().max()) <= (
@@ -179,7 +181,7 @@ def test_angle_rules() -> None:
     assert angle(torch.ones(0), torch.ones(0)) is None
     assert angle(a, b) == angle(b, a)
     assert angle(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])) == pytest.approx(math.pi / 2)
-    assert slerp_weights(0.25, None) == linear_weights(0.25)
+    assert slerp_weights(0.25, None) == linear_weights([0.25])
 
 
 @settings(max_examples=50, deadline=None)
@@ -248,11 +250,11 @@ def test_mergekit_rebuilds_what_was_scored(
             pytest.skip("mergekit's GPT-NeoX definition has no tied form")
         for folder in folders:
             add_buffers(folder)
-    parents = Parents.open(*map(str, folders))
-    coefficients = {n: -0.25 + 1.5 * (i * 7 % 19) / 19 for i, n in enumerate(parents.names)}
+    parents = Parents.pair(*map(str, folders))
+    coefficients = {n: (-0.25 + 1.5 * (i * 7 % 19) / 19,) for i, n in enumerate(parents.names)}
     live = LiveModel(parents, dtype)
-    live.apply(coefficients, method)
-    rebuild_with_mergekit(parents, tensor_weights(parents, coefficients, method), dtype, tmp_path / "out")
+    live.apply(make_blend(parents, coefficients, method))
+    rebuild_with_mergekit(parents, make_blend(parents, coefficients, method).weights, dtype, tmp_path / "out")
     rebuilt = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
     assert sorted(set(rebuilt) - set(parents.ignored)) == list(parents.names)
     state = live.model.state_dict()

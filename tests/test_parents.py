@@ -43,7 +43,7 @@ def edit_tensors(folder: Path, **values: torch.Tensor | None) -> None:
 
 def refused(pre: Path, post: Path, kind: type[Exception] = IncompatibleModelsError) -> str:
     with pytest.raises(kind) as caught:
-        Parents.open(str(pre), str(post))
+        Parents.pair(str(pre), str(post))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -52,7 +52,7 @@ def refused(pre: Path, post: Path, kind: type[Exception] = IncompatibleModelsErr
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_architecture_is_covered(arch: str, tied: bool, tmp_path: Path) -> None:
     pre, post = save_pair(tmp_path, arch, tied=tied, shards=3, dtype="bfloat16")
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     state = pico_model(arch, tied=tied).state_dict()
     head, embedding = (
         "lm_head.weight",
@@ -112,7 +112,7 @@ def test_harmless_config_differences(tmp_path: Path) -> None:
         _name_or_path="/elsewhere", max_window_layers=1, sliding_window=77, attention_dropout=0.1,
         max_position_embeddings=1024, initializer_range=0.5, unsloth_fixed=True, torch_dtype="bfloat16",
     )  # fmt: skip
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     assert parents.notes == ["config: max_position_embeddings is 512 in pre, 1024 in post; post's is used"]
     assert parents.config.max_position_embeddings == 1024
 
@@ -125,7 +125,7 @@ def test_config_spelt_the_old_way(tmp_path: Path) -> None:
     config.pop("head_dim")
     config["torch_dtype"] = config.pop("dtype")
     (pre / "config.json").write_text(json.dumps(config))
-    assert Parents.open(str(pre), str(post)).notes == []
+    assert Parents.pair(str(pre), str(post)).notes == []
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ def test_tensors_that_do_not_fit(edit: dict[str, Any], wanted: str, tmp_path: Pa
 def test_values_are_read_only_when_asked(tmp_path: Path) -> None:
     pre, post = save_pair(tmp_path)
     edit_tensors(pre, **{"model.norm.weight": torch.full((32,), float("nan"))})
-    assert Parents.open(str(pre), str(post), check_values=False).names
+    assert Parents.pair(str(pre), str(post), check_values=False).names
     edit_tensors(pre, **{"model.norm.weight": torch.zeros(32)})
-    assert Parents.open(str(pre), str(post)).notes == [
+    assert Parents.pair(str(pre), str(post)).notes == [
         "pre: 1 tensors are zero throughout (first: model.norm.weight)"
     ]
 
@@ -160,7 +160,7 @@ def test_tied_head_that_is_stored_all_the_same(tmp_path: Path) -> None:
     pre, post = save_pair(tmp_path, tied=True)
     embedding = load_file(post / SINGLE)["model.embed_tokens.weight"]
     edit_tensors(post, **{"lm_head.weight": embedding.clone()})
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     assert "lm_head.weight" not in parents.names
     assert dict(parents.tied) == {"lm_head.weight": "model.embed_tokens.weight"}
     edit_tensors(post, **{"lm_head.weight": embedding + 1})
@@ -175,7 +175,7 @@ def test_buffers_of_old_checkpoints_are_left_out(tmp_path: Path) -> None:
         "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(4),
     }
     edit_tensors(post, **old)
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     assert set(parents.ignored) == set(old)
     assert not set(parents.names) & set(old)
     assert parents.notes == ["3 stored buffers are computed by transformers and left out"]
@@ -201,14 +201,14 @@ def test_ids_that_one_parent_names(tmp_path: Path) -> None:
     more = pico_tokenizer(chat_template=CHAT_TEMPLATE)
     more.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     post = save_pico(tmp_path / "post", tokenizer=more)
-    parents = Parents.open(str(pre), str(post))
+    parents = Parents.pair(str(pre), str(post))
     first = 4 + len(_LETTERS)
     assert parents.notes == [
         f"tokenizer: 1 ids are named in post only (id {first}: '<|im_end|>')",
         "chat template: pre has none; post's tokenizer is used and shipped",
     ]
     assert parents.tokenizer().chat_template == CHAT_TEMPLATE
-    assert "tokenizer: 1 ids are named in pre only" in Parents.open(str(post), str(pre)).notes[0]
+    assert "tokenizer: 1 ids are named in pre only" in Parents.pair(str(post), str(pre)).notes[0]
 
 
 def test_placeholder_that_got_a_name(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_placeholder_that_got_a_name(tmp_path: Path) -> None:
         tokenizers[-1].add_special_tokens({"additional_special_tokens": [token]})
     pre = save_pico(tmp_path / "pre", tokenizer=tokenizers[0])
     post = save_pico(tmp_path / "post", tokenizer=tokenizers[1])
-    assert "placeholder ids of pre have names in post" in Parents.open(str(pre), str(post)).notes[0]
+    assert "placeholder ids of pre have names in post" in Parents.pair(str(pre), str(post)).notes[0]
     assert "'<|im_start|>' in pre but '<|reserved" in refused(post, pre)
 
 
@@ -255,17 +255,17 @@ def test_config_cannot_choose_the_attention_code(tmp_path: Path) -> None:
     edit_json(
         post / "config.json", _attn_implementation="some-org/some-kernel", attn_implementation="some-org/k"
     )
-    assert Parents.open(str(pre), str(post)).names
+    assert Parents.pair(str(pre), str(post)).names
 
 
 def test_digest_follows_weights_and_tokenizer_not_the_place(tmp_path: Path) -> None:
     pre, post = save_pair(tmp_path / "a")
-    first = Parents.open(str(pre), str(post)).digest
+    first = Parents.pair(str(pre), str(post)).digest
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert Parents.open(str(tmp_path / "b/pre"), str(tmp_path / "b/post")).digest == first
-    assert Parents.open(str(post), str(pre)).digest != first
+    assert Parents.pair(str(tmp_path / "b/pre"), str(tmp_path / "b/post")).digest == first
+    assert Parents.pair(str(post), str(pre)).digest != first
     pico_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(post)
-    assert Parents.open(str(pre), str(post)).digest != first
+    assert Parents.pair(str(pre), str(post)).digest != first
 
 
 def hub_cache(root: Path, name: str, revision: str = "a" * 40) -> Path:
@@ -287,7 +287,7 @@ def test_hub_id_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True, raising=False)
     assert resolve("org/name") == (snapshot, "a" * 40)
     assert resolve("org/name@main") == (snapshot, "a" * 40)
-    parents = Parents.open("org/name", "org/name@" + "a" * 40)
+    parents = Parents.pair("org/name", "org/name@" + "a" * 40)
     assert parents.revisions == ("a" * 40, "a" * 40)
     for absent in ("org/other", "org/name@v2"):
         with pytest.raises(CheckpointError, match=f"{absent}: no such folder here, not in the hub cache"):

@@ -11,6 +11,7 @@ import torch
 from objectives.scoring import Scorer
 from search.errors import ConfigError
 from search.merging import live
+from search.merging.blend import make_blend
 from search.merging.parents import Parents
 from search.merging.placement import choose_device, device_title, dispatch
 from tests.pico import pico_model, pico_tokenizer, save_pair
@@ -55,13 +56,13 @@ def test_scores_through_hooks_are_the_same(arch: str) -> None:
 
 
 def test_merges_reach_spread_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parents = Parents.open(*map(str, save_pair(tmp_path)))
-    coefficients = dict.fromkeys(parents.names, 0.4)
+    parents = Parents.pair(*map(str, save_pair(tmp_path)))
+    coefficients = dict.fromkeys(parents.names, (0.4,))
     here = live.LiveModel(parents)
-    here.apply(coefficients)
+    here.apply(make_blend(parents, coefficients))
     monkeypatch.setattr(live, "place", spread_by_hand)
     spread = live.LiveModel(parents, device="spread")
-    spread.apply(coefficients)
+    spread.apply(make_blend(parents, coefficients))
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(spread.model(tokens).logits, here.model(tokens).logits)

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from optuna.distributions import FloatDistribution
 from PIL import Image
 from scipy.stats import binomtest
 
@@ -128,7 +129,11 @@ def build_study(
         recipe = Recipe("linear", coefficients)
         with store.exclusive():
             trial = store.claim(
-                kind, coefficients, (-0.2, 1.2), {"method": "linear", "recipe": recipe.key}, {}
+                kind,
+                coefficients,
+                dict.fromkeys(coefficients, FloatDistribution(-0.2, 1.2)),
+                {"method": "linear", "recipe": recipe.key},
+                {},
             )
         if odd == "failed" and number == len(recipes) - 1:
             store.fail(trial.number, "out of memory <script>")
@@ -294,6 +299,7 @@ def test_a_study_without_parents_has_no_report(tmp_path: Path) -> None:
     store = StudyStore.create(f"sqlite:///{tmp_path / 'study.db'}", "empty", [("accuracy", True)])
     store.set_attribute("objectives", [["accuracy", True]])
     store.set_attribute("facts", {"tasks": ["north"]})
+    store.set_attribute("config", {"parents": {"pre": "a", "post": "b"}})
     with pytest.raises(ConfigError, match="has not scored its parents"):
         write_report(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.config import SpaceConfig
+from search.config import MergeConfig, SpaceConfig
 from search.errors import ConfigError, MergeError
 from search.space import CoefficientSpace, Recipe, places_of
 from tests.pico import ARCHS, pico_model
@@ -23,7 +23,7 @@ def names_of(arch: str, **overrides: Any) -> list[str]:
 
 def space(names: list[str], granularity: str = "layer", components: Any = ()) -> CoefficientSpace:
     config = SpaceConfig(granularity=granularity, components=list(components), low=-0.2, high=1.2)
-    return CoefficientSpace.build(names, config, "linear")
+    return CoefficientSpace.build(names, config, MergeConfig())
 
 
 LAYOUTS = [
@@ -106,7 +106,7 @@ def test_a_vector_survives_the_round_trip_bit_for_bit(values: list[float]) -> No
     assert again.key == recipe.key
     by_tensor = TINY.by_tensor(recipe)
     assert len(by_tensor) == len(names_of("llama"))
-    assert by_tensor["model.layers.1.mlp.up_proj.weight"] == recipe.coefficients["layer.1.mlp"]
+    assert by_tensor["model.layers.1.mlp.up_proj.weight"] == (recipe.coefficients["layer.1.mlp"],)
 
 
 @settings(max_examples=50)

@@ -433,7 +433,8 @@ def predicting(questions: int) -> tuple[Predicting, list[TrialRecord], list[Metr
     records = [scored_at(number, place, metrics) for number, place in enumerate(places)]
     config = FidelityConfig(estimator="answers", questions=questions)
     answers = lambda record: bent(list(record.coefficients.values()))  # noqa: E731
-    return Predicting(config, metrics, bent([0, 0]).task, answers, (0.0, 1.0)), records, metrics  # type: ignore[arg-type]
+    place = lambda record: np.array(list(record.coefficients.values()))  # noqa: E731
+    return Predicting(config, metrics, bent([0, 0]).task, answers, place), records, metrics  # type: ignore[arg-type]
 
 
 def test_predicted_answers_tell_who_is_dominated() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 
 from search.database import connect, exclusive, shown
 from search.errors import DiskError, MergefrontError, StorageError
@@ -20,7 +21,7 @@ from search.storage import StudyStore
 from search.worker import Worker, this_worker
 
 OBJECTIVES = [("accuracy", True), ("ece", False)]
-BOUNDS = (0.0, 1.0)
+UNIT = FloatDistribution(0.0, 1.0)
 
 
 @pytest.fixture
@@ -36,7 +37,9 @@ def new_store(url: str, name: str = "s") -> StudyStore:
 
 def claim(store: StudyStore, **coefficients: float) -> int:
     with store.exclusive():
-        return store.claim("search", coefficients or {"a": 0.5}, BOUNDS, {"recipe": "r"}, {"tag": [1]}).number
+        values = coefficients or {"a": 0.5}
+        said = {"recipe": "r"}
+        return store.claim("search", values, dict.fromkeys(values, UNIT), said, {"tag": [1]}).number
 
 
 def test_a_trial_is_whole_from_its_first_moment(url: str) -> None:

@@ -441,7 +441,7 @@ def test_the_presets_have_eleven_genes(file: str, head: tuple[str, ...]) -> None
     parts = ("self_attn.q_proj", "mlp.up_proj", "input_layernorm", "post_attention_layernorm")
     layers = [f"model.layers.{layer}.{part}.weight" for layer in range(32) for part in parts]
     tensors = ("model.embed_tokens.weight", *layers, "model.norm.weight", *head)
-    space = CoefficientSpace.build(tensors, config.space, config.merge.method)
+    space = CoefficientSpace.build(tensors, config.space, config.merge)
     knots = Knots(space.names, config.sampler.knots or 0)
     assert knots.names == (*(f"{c}.{k}" for c in ("attention", "mlp") for k in range(5)), "outside")
     assert (config.sampler.population, space.low, space.high) == (10, 0.0, 1.0)

@@ -25,7 +25,8 @@ from search.anchors.store import Store
 from search.errors import ConfigError, ExportError, MergeError
 from search.merging.checkpoint import dtype_name
 from search.merging.parents import Parents
-from search.merging.save import check_saved, save_tensors, size_of
+from search.merging.save import check_saved, size_of
+from search.merging.writing import save_tensors
 from search.staging import check_space, locked_folder, staged_folder
 
 Phase = Literal["sigma", "construct", "adapt", "write"]
@@ -85,7 +86,7 @@ def open_experts(pre: str, experts: Sequence[str], *, check_values: bool = True)
     """
     if not experts:
         raise ConfigError("experts: none given (wanted at least one post-trained checkpoint).")
-    return tuple(Parents.open(pre, expert, check_values=check_values) for expert in experts)
+    return tuple(Parents.pair(pre, expert, check_values=check_values) for expert in experts)
 
 
 def build(
@@ -211,7 +212,7 @@ class _Builder:
                 )
             return found.contiguous()
 
-        save_tensors(first, first.names, tensor, dtype, folder)
+        save_tensors(first.post, first.names, tensor, dtype, folder)
         check_saved(folder, first, dtype)
         self._done += 1
         self.seconds["write"] += time.monotonic() - began

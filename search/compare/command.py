@@ -57,7 +57,7 @@ def compare(
     entrants = parse_entrants(engines)
     use_threads(workers)
     materials = Materials.open(config, device)
-    tokens = budget_tokens(budget, materials.evaluator("search").tokens)
+    tokens = budget_tokens(budget, materials.evaluator("search").tokens, len(materials.baselines))
     first, *_ = entries(config, entrants, 1, tokens)
     config = _with_batches(config, url, materials, first.config.name)
     every = entries(config, entrants, seeds, tokens)

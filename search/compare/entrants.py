@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search.baselines import BASELINES
 from search.config import StudyConfig, parse_study
 from search.errors import ConfigError
 from search.sampler_config import OPTUNA_SAMPLERS, PYMOO_ALGORITHMS
@@ -74,16 +73,16 @@ def entries(config: StudyConfig, entrants: Sequence[Entrant], seeds: int, tokens
     return found
 
 
-def budget_tokens(text: str, evaluation: int) -> int:
+def budget_tokens(text: str, evaluation: int, baselines: int) -> int:
     """Scored tokens of a budget: `1500000`, or `60x` for 60 evaluations of the search split.
 
     Args:
-        evaluation: tokens of one evaluation.
+        evaluation: tokens of one evaluation. baselines: how many of them parents and uniform line take.
 
     Raises:
         ConfigError: neither; or not more than the baselines take.
 
-    >>> budget_tokens("60x", 1000), budget_tokens("60000", 1000)
+    >>> budget_tokens("60x", 1000, 11), budget_tokens("60000", 1000, 11)
     (60000, 60000)
     """
     match = re.fullmatch(r"([0-9]{1,15})(x?)", text.strip())
@@ -92,10 +91,10 @@ def budget_tokens(text: str, evaluation: int) -> int:
             f"--budget {text}: wanted scored tokens, such as 1500000, or 60x for 60 evaluations."
         )
     tokens = int(match[1]) * (evaluation if match[2] else 1)
-    if tokens <= len(BASELINES) * evaluation:
+    if tokens <= baselines * evaluation:
         raise ConfigError(
-            f"--budget {text}: parents and uniform line take {len(BASELINES) * evaluation:,} tokens "
-            f"({len(BASELINES)}x). Give more."
+            f"--budget {text}: parents and uniform line take {baselines * evaluation:,} tokens "
+            f"({baselines}x). Give more."
         )
     return tokens
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from objectives.bootstrap import interval
 from objectives.metrics import Metric, get_metric
 from search.alternatives import Scores
+from search.baselines import PARENTS
 from search.cells import RESAMPLES, Cell, CellComputer, Samples, cell_around
 from search.evidence import EvidenceFolder
 from search.front import hypervolume, hypervolume_batch, worst_corner
@@ -56,7 +57,7 @@ class Judge:
         evaluation: scored tokens of one evaluation of the search split.
         reference: the corner of the parents' worst values on the report split, by objective.
         line: of parents and uniform line. baselines: their number.
-        calibrated: `post` with a calibrator, by the calibrator's name.
+        calibrated: `post` with a calibrator, by the calibrator's name; empty with several experts.
     """
 
     def __init__(self, first: StudyStore) -> None:
@@ -71,7 +72,7 @@ class Judge:
         done = [record for record in first.trials() if record.state == "complete"]
         self.evaluation = done[0].tokens
         scores = Scores(first)
-        parents = [record for record in done if record.kind in ("pre", "post")]
+        parents = [record for record in done if record.kind in PARENTS]
         self._corner = worst_corner(np.array([r.values for r in parents]), maximise=self.maximize)
         rows = [self.row(scores, record.number) for record in parents]
         self._report_corner = worst_corner(np.array([row.values for row in rows]), maximise=self.maximize)

@@ -18,6 +18,7 @@ from objectives.estimators.methods import get_estimator
 from objectives.estimators.subset import choose_subset
 from objectives.metrics import Metric
 from objectives.outcomes import Booleans, Integers, Outcomes
+from search.baselines import PARENTS
 from search.config import FidelityConfig
 from search.fidelity.stages import Answers, Judge, Verdict
 from search.front import non_dominated
@@ -64,18 +65,19 @@ class Estimating:
         """Values on all questions, in the order of the objectives, from the answers to the subset."""
         found = []
         more = np.mean([self._row(record)[1] for record in bank], axis=0)
+        parents = items.ability[: sum(record.kind in PARENTS for record in bank)]
         for metric, shift in zip(self._metrics, more, strict=True):
             if metric.name == "accuracy":
                 index, weights = self._subset.index, self._subset.weights
-                parents = items.ability[:2]
                 found.append(self._estimator.estimate(items, parents, index, seen.correct, weights))
             else:
                 found.append(metric.value(seen) + float(shift))
         return found
 
     def _items(self, bank: Sequence[TrialRecord]) -> Items | None:
-        """The items' parameters, fitted anew where the bank is another; the parents are its first two recipes."""
-        if [record.kind for record in bank[:2]] != ["pre", "post"] or len(bank) <= self._dimensions:
+        """The items' parameters, fitted anew where the bank is another; the parents are its first recipes."""
+        parents = sum(record.kind in PARENTS for record in bank)
+        if parents < 2 or len(bank) <= self._dimensions:
             return None
         key = [str(record.attributes["evidence"]) for record in bank]
         if self._fitted is None or self._fitted[0] != key:
@@ -120,7 +122,7 @@ def bank_of(complete: Sequence[TrialRecord]) -> list[TrialRecord]:
     """
     first = {record.attributes["recipe"]: record for record in reversed(complete)}
     each = sorted(first.values(), key=lambda record: record.number)
-    parents = [record for kind in ("pre", "post") for record in each if record.kind == kind]
+    parents = [record for kind in PARENTS for record in each if record.kind == kind]
     uniform = [record for record in each if record.kind == "uniform"]
     searched = [record for record in each if record.kind == "search"]
     return [*parents, *uniform, *searched[: len(searched) // STEP * STEP][-BANK:]]

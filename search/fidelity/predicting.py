@@ -8,7 +8,7 @@ candidate whose estimates are dominated by the front of the complete trials is s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Predicting:
     """The rule of `fidelity: {estimator: answers}` (see `Rule`).
 
     Args:
-        bounds: (low, high) of every coefficient.
+        place: where a trial lies in the unit box, `(d,)`.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Predicting:
         metrics: Sequence[Metric],
         task: Integers,
         answers: Answers,
-        bounds: tuple[float, float],
+        place: Callable[[TrialRecord], Floats],
     ) -> None:
         self._metrics = tuple(metrics)
         self._answers = answers
-        self._bounds = bounds
+        self._place = place
         subset = choose_subset(task.size, config.questions, config.seed, strata=task).index
         self.parts: tuple[Integers, ...] = (subset, np.setdiff1d(np.arange(task.size), subset))
         self._fitted: tuple[list[str], AnswersModel] | None = None
@@ -66,15 +66,10 @@ class Predicting:
 
     def _predicted(self, trial: TrialRecord, bank: Sequence[TrialRecord]) -> Outcomes:
         """What the model expects of a trial; the model is fitted anew where the bank is another."""
-        names = list(trial.coefficients)
         key = [str(record.attributes["evidence"]) for record in bank]
         if self._fitted is None or self._fitted[0] != key:
-            x = np.array([[record.coefficients[name] for name in names] for record in bank])
+            x = np.array([self._place(record) for record in bank])
             scores = np.array([relative_scores(self._answers(record)) for record in bank])
-            self._fitted = key, AnswersModel(self._unit(x), scores)
-        here = self._unit(np.array([[trial.coefficients[name] for name in names]]))
+            self._fitted = key, AnswersModel(x, scores)
+        here = self._place(trial)[None]
         return predicted_outcomes(self._fitted[1].predict(here)[0], like=self._answers(bank[0]))
-
-    def _unit(self, x: Floats) -> Floats:
-        low, high = self._bounds
-        return (x - low) / (high - low)

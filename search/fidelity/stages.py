@@ -151,8 +151,10 @@ def make_rule(materials: Materials, evidence: EvidenceFolder) -> Rule | None:
         return Racing(config.racing, metrics, task, Answers(evidence))
     assert config.fidelity is not None, "one of the two is there"
     if config.fidelity.estimator == PREDICTED:
-        bounds = (materials.space.low, materials.space.high)
-        return Predicting(config.fidelity, metrics, task, Answers(evidence), bounds)
+        space = materials.space
+        return Predicting(
+            config.fidelity, metrics, task, Answers(evidence), lambda r: space.unit(r.coefficients)
+        )
     return Estimating(config.fidelity, metrics, task, Answers(evidence))
 
 

@@ -162,12 +162,12 @@ def _first_line(error: BaseException) -> str:
     return shown((str(error) or type(error).__name__).strip().splitlines()[0])
 
 
-def same_layout(pre: Layout, post: Layout) -> None:
-    """Raises IncompatibleModelsError when the parents would fill different parameters."""
+def same_layout(pre: Layout, post: Layout, label: str) -> None:
+    """Raises IncompatibleModelsError when pre and the parent called `label` would fill different parameters."""
     if dict(pre.parameter) == dict(post.parameter):
         return
     first = sorted(set(pre.parameter.items()) ^ set(post.parameter.items()))[0][0]
-    owner = "pre" if first in pre.parameter else "post"
+    owner = "pre" if first in pre.parameter else label
     raise IncompatibleModelsError(
         f"tensor {shown(first)}: only {owner} stores it under this name. "
         "Save both parents with the same version of transformers."

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from search.errors import CheckpointError, MergeError
+from search.merging.blend import Blend, merging
 from search.merging.checkpoint import dtype_name
 from search.merging.loading import load_model
-from search.merging.methods.linear import weighted_sum
 from search.merging.parents import Parents
 from search.merging.placement import place
-from search.merging.weights import tensor_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,20 +56,15 @@ class LiveModel:
         return {name: known[key] for name, key in self.parents.parameter.items() if key in known}
 
     @torch.no_grad()
-    def apply(self, coefficients: Mapping[str, float], method: str = "linear") -> None:
-        """Overwrite every parameter with the merge of the parents at these coefficients.
-
-        Args:
-            coefficients: one for each name of `parents.names`.
-            method: `linear` or `slerp`.
+    def apply(self, blend: Blend) -> None:
+        """Overwrite every parameter with a merge of the parents.
 
         Raises:
-            MergeError: the recipe does not fit, or a value does not fit into the dtype; the model then holds
+            MergeError: the blend does not fit, or a value does not fit into the dtype; the model then holds
                 a mixture until the next successful `apply`.
         """
-        pre, post = self.parents.pre, self.parents.post
-        for name, (w_pre, w_post) in tensor_weights(self.parents, coefficients, method).items():
-            weighted_sum(pre.tensor(name), post.tensor(name), w_pre, w_post, self._targets[name], name=name)
+        for name, fill in merging(self.parents, blend):
+            fill(self._targets[name])
 
 
 def _load(parents: Parents, dtype: torch.dtype, device: str) -> PreTrainedModel:

@@ -1,17 +1,19 @@
-"""The two parents of a study, opened, checked and compared before the first trial."""
+"""The parents of a study, pre and its experts, opened, checked and compared before the first trial."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from search.errors import CheckpointError, IncompatibleModelsError
+from search.merging.adapters import is_adapter, merged_adapter
 from search.merging.checkpoint import Checkpoint, dtype_name
 from search.merging.header import shown
 from search.merging.hub import resolve
@@ -48,69 +50,90 @@ _FIRST = ("model_type", "tie_word_embeddings", "vocab_size", "hidden_size", "num
 
 @dataclass(eq=False)
 class Parents:
-    """Two checkpoints of one architecture and one vocabulary.
+    """A pre-trained checkpoint and what was made from it: one architecture, one vocabulary.
 
     Attributes:
-        pre, post: the checkpoints.
-        config: `post`'s config object; it is the one that is shipped.
+        pre: the pre-trained checkpoint.
+        experts: post-trained ones by name, in order; a single one is called `post`. The first one's config, tokenizer
+            and generation config are shipped.
+        config: that config, as an object.
         parameter: stored tensor name -> name in the transformers state dict (equal but for GPT-NeoX's head).
         tied: alias -> the stored tensor it shares; an alias is no variable of its own.
         ignored: stored buffers that transformers computes itself; they are neither merged nor shipped.
-        revisions: commit hash of each parent that came from the hub, else None.
+        revisions: commit hash of each parent that came from the hub, else None; pre first.
+        adapters: folders of those experts that are PEFT adapters; their checkpoints are `pre` with the adapter in it.
         notes: differences that do not stop a merge, one line each.
     """
 
     pre: Checkpoint
-    post: Checkpoint
+    experts: Mapping[str, Checkpoint]
     config: PretrainedConfig
     parameter: Mapping[str, str]
     tied: Mapping[str, str]
     ignored: tuple[str, ...]
-    revisions: tuple[str | None, str | None] = (None, None)
+    revisions: tuple[str | None, ...] = (None, None)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, pre: str, post: str, *, check_values: bool = True) -> Parents:
-        """Open both parents and refuse any pair whose merge would be wrong.
+    def open(cls, pre: str, experts: Mapping[str, str], *, check_values: bool = True) -> Parents:
+        """Open all parents and refuse any whose merge would be wrong.
 
         Args:
             pre: folder or hub id of the pre-trained checkpoint.
-            post: the same for the post-trained one.
-            check_values: read every weight once, to refuse NaN and infinity (memory-bandwidth bound).
+            experts: the same for the post-trained ones, by name.
+            check_values: read every weight once, to refuse NaN and infinity, and experts that are copies (of memory
+                bandwidth's speed).
 
         Raises:
             CheckpointError: one parent is missing, broken or unsafe.
             IncompatibleModelsError: they do not belong together; names the first difference and both values.
         """
-        where = [resolve(str(pre)), resolve(str(post))]
-        first, second = (Checkpoint.open(folder) for folder, _ in where)
-        configs = load_config(first.folder), load_config(second.folder)
-        notes = _compare_configs(first, second, configs)
-        layouts = [
-            read_layout(
-                empty_model(config, one.folder), {name: one.shape(name) for name in one.names}, one.folder
+        where = {label: resolve(str(place)) for label, place in {"pre": pre, **experts}.items()}
+        base = Checkpoint.open(where["pre"][0])
+        opened = {"pre": base}
+        adapters = {}
+        for label in experts:
+            folder, _ = where[label]
+            if is_adapter(folder):
+                adapters[label] = folder
+                folder = merged_adapter(folder, base)
+            opened[label] = Checkpoint.open(folder)
+        configs = {label: load_config(one.folder) for label, one in opened.items()}
+        layouts = {
+            label: read_layout(
+                empty_model(configs[label], one.folder),
+                {name: one.shape(name) for name in one.names},
+                one.folder,
             )
-            for one, config in zip((first, second), configs, strict=True)
-        ]
-        same_layout(*layouts)
+            for label, one in opened.items()
+        }
+        first = next(iter(experts))
+        notes = []
+        for label in experts:
+            pair = configs["pre"], configs[label]
+            notes += _compare_configs(base, opened[label], pair, label, first)
+            same_layout(layouts["pre"], layouts[label], label)
         parents = cls(
-            first,
-            second,
-            configs[1],
-            layouts[1].parameter,
-            layouts[1].tied,
-            layouts[1].ignored,
-            (where[0][1], where[1][1]),
+            base,
+            {label: opened[label] for label in experts},
+            configs[first],
+            layouts[first].parameter,
+            layouts[first].tied,
+            layouts[first].ignored,
+            tuple(revision for _, revision in where.values()),
+            adapters,
             notes,
         )
         _compare_tensors(parents)
-        notes += compare_tokenizers(
-            load_tokenizer(first.folder), parents.tokenizer(), int(configs[1].vocab_size)
-        )
+        tokenizer = load_tokenizer(base.folder)
+        for label, one in parents.experts.items():
+            own = parents.tokenizer() if label == first else load_tokenizer(one.folder)
+            notes += compare_tokenizers(tokenizer, own, int(configs[label].vocab_size), label, shipped=first)
         if parents.ignored:
             notes.append(f"{len(parents.ignored)} stored buffers are computed by transformers and left out")
-        for label, one in (("pre", first), ("post", second)):
+        for label, one in opened.items():
             _check_ties(one, parents.tied)
             if check_values:
                 zero = one.check_finite(parents.names)
@@ -118,7 +141,29 @@ class Parents:
                     notes.append(
                         f"{label}: {len(zero)} tensors are zero throughout (first: {shown(zero[0])})"
                     )
+        if check_values and len(experts) > 1:
+            notes += compare_experts(parents)
         return parents
+
+    @classmethod
+    def pair(cls, pre: str, post: str, *, check_values: bool = True) -> Parents:
+        """`open` for one pre-trained and one post-trained checkpoint."""
+        return cls.open(pre, {"post": post}, check_values=check_values)
+
+    @property
+    def post(self) -> Checkpoint:
+        """The expert whose config and tokenizer are shipped: the first."""
+        return next(iter(self.experts.values()))
+
+    @property
+    def everybody(self) -> tuple[Checkpoint, ...]:
+        """Pre, then the experts in order: the order of weights."""
+        return self.pre, *self.experts.values()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What `everybody` is called: `pre`, then the names of the experts."""
+        return "pre", *self.experts
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -127,9 +172,9 @@ class Parents:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over both parents' weights and configs and the tokenizer that scores."""
+        """SHA-256 over all parents' weights and configs and the tokenizer that scores."""
         whole = hashlib.sha256()
-        for one in (self.pre, self.post):
+        for one in self.everybody:
             whole.update(one.sha256().encode())
         tokenizer: Any = self.tokenizer()
         whole.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -137,7 +182,7 @@ class Parents:
         return whole.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """`post`'s tokenizer: it scores, and it is shipped."""
+        """The first expert's tokenizer: it scores, and it is shipped."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.post.folder)
         return self._tokenizer
@@ -154,19 +199,25 @@ class Parents:
 
 
 def _compare_configs(
-    pre: Checkpoint, post: Checkpoint, configs: tuple[PretrainedConfig, PretrainedConfig]
+    pre: Checkpoint,
+    post: Checkpoint,
+    configs: tuple[PretrainedConfig, PretrainedConfig],
+    label: str,
+    shipped: str,
 ) -> list[str]:
     mine, yours = (config.to_dict() for config in configs)
-    _same("model_type", mine["model_type"], yours["model_type"])
+    _same("model_type", mine["model_type"], yours["model_type"], label)
     heads = pre.config.get("architectures"), post.config.get("architectures")
     if all(heads):
-        _same("architectures", *heads)
+        _same("architectures", *heads, label)
     for key in sorted(_declared(configs[1]), key=lambda key: (key not in _FIRST, key)):
-        _same(key, mine.get(key), yours.get(key))
+        _same(key, mine.get(key), yours.get(key), label)
     notes = []
     for key in ("max_position_embeddings", "n_positions"):
         if mine.get(key) != yours.get(key):
-            notes.append(f"config: {key} is {mine.get(key)} in pre, {yours.get(key)} in post; post's is used")
+            notes.append(
+                f"config: {key} is {mine.get(key)} in pre, {yours.get(key)} in {label}; {shipped}'s is used"
+            )
     return notes
 
 
@@ -181,24 +232,64 @@ def _declared(config: PretrainedConfig) -> set[str]:
     }
 
 
-def _same(key: str, pre: object, post: object) -> None:
+def _same(key: str, pre: object, post: object, label: str) -> None:
     if pre != post:
         raise IncompatibleModelsError(
-            f"config.json: {key}: {shown(repr(pre))} in pre but {shown(repr(post))} in post. "
-            "Parents must share one architecture: take two checkpoints of one model."
+            f"config.json: {key}: {shown(repr(pre))} in pre but {shown(repr(post))} in {label}. "
+            "Parents must share one architecture: take checkpoints of one model."
         )
 
 
 def _compare_tensors(parents: Parents) -> None:
     for name in parents.names:
-        for one in (parents.pre, parents.post):
+        for one in parents.everybody:
             one.check_float(name)
-        a, b = parents.pre.dtype(name), parents.post.dtype(name)
-        if a != b:
+        a = parents.pre.dtype(name)
+        for label, expert in parents.experts.items():
+            if a != (b := expert.dtype(name)):
+                raise IncompatibleModelsError(
+                    f"tensor {shown(name)}: type {dtype_name(a)} in pre but {dtype_name(b)} in {label}. "
+                    "Save one parent in the other's type first."
+                )
+
+
+def compare_experts(parents: Parents) -> list[str]:
+    """A note on every expert whose weights lie as far from pre's as those of another model would.
+
+    Raises:
+        IncompatibleModelsError: an expert equals pre, or another expert, in every tensor.
+    """
+    seen: dict[str, str] = {}
+    for label, one in zip(parents.labels, parents.everybody, strict=True):
+        digest = _weights_digest(one, parents.names)
+        if (twin := seen.setdefault(digest, label)) != label:
             raise IncompatibleModelsError(
-                f"tensor {shown(name)}: type {dtype_name(a)} in pre but {dtype_name(b)} in post. "
-                "Save one parent in the other's type first."
+                f"{label}: every tensor is as in {twin}, so its task vector is "
+                f"{'zero' if twin == 'pre' else 'counted twice'}. Leave one of the two out."
             )
+    notes = []
+    for label, one in parents.experts.items():
+        squared = moved = 0.0
+        for name in parents.names:
+            if len(parents.pre.shape(name)) < 2:
+                continue  # norms are near 1 in every model
+            base = parents.pre.tensor(name).double()
+            squared += float(base.square().sum())
+            moved += float((one.tensor(name).double() - base).square().sum())
+        if moved > squared:
+            notes.append(
+                f"{label}: its task vector is {math.sqrt(moved / squared):.1f} times as long as pre's matrices: "
+                "it may have been trained from another base"
+            )
+    return notes
+
+
+def _weights_digest(one: Checkpoint, names: Sequence[str]) -> str:
+    """SHA-256 of the values alone, however they are stored in files."""
+    whole = hashlib.sha256()
+    for name in names:
+        whole.update(one.tensor(name).reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def _check_ties(one: Checkpoint, tied: Mapping[str, str]) -> None:

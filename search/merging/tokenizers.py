@@ -42,14 +42,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def compare_tokenizers(pre: Any, post: Any, vocab_size: int) -> list[str]:
-    """Notes on harmless differences.
+def compare_tokenizers(pre: Any, post: Any, vocab_size: int, label: str, *, shipped: str) -> list[str]:
+    """Notes on harmless differences between the tokenizers of pre and of the parent called `label`.
 
     Ids that only one parent names are a note, as is an id that was a placeholder in `pre`. Chat template and
-    text splitting are `post`'s, since its tokenizer is used for scoring and shipped.
+    text splitting are those of the parent called `shipped`, whose tokenizer is used for scoring.
 
     Raises:
-        IncompatibleModelsError: an id means two different tokens, or a token of `post` has an id at or above
+        IncompatibleModelsError: an id means two different tokens, or a token of the other parent has an id at or above
             `vocab_size`, for which the embedding has no row.
     """
     mine, yours = _by_id(pre), _by_id(post)
@@ -61,25 +61,25 @@ def compare_tokenizers(pre: Any, post: Any, vocab_size: int) -> list[str]:
             renamed.append(index)
             continue
         raise IncompatibleModelsError(
-            f"tokenizer: id {index} is '{shown(mine[index])}' in pre but '{shown(yours[index])}' in post. "
+            f"tokenizer: id {index} is '{shown(mine[index])}' in pre but '{shown(yours[index])}' in {label}. "
             "Both parents must use one vocabulary in one order."
         )
     over = max(yours, default=-1)
     if over >= vocab_size:
         raise IncompatibleModelsError(
-            f"tokenizer: id {over} ('{shown(yours[over])}') of post has no row in the embedding "
+            f"tokenizer: id {over} ('{shown(yours[over])}') of {label} has no row in the embedding "
             f"(vocab_size {vocab_size}). Use the tokenizer that belongs to the weights."
         )
     notes = []
     if renamed:
         first = renamed[0]
         notes.append(
-            f"tokenizer: {len(renamed)} placeholder ids of pre have names in post (id {first}: "
+            f"tokenizer: {len(renamed)} placeholder ids of pre have names in {label} (id {first}: "
             f"'{shown(mine[first])}' -> '{shown(yours[first])}')"
         )
     for owner, extra, names in (
         ("pre", mine.keys() - yours.keys(), mine),
-        ("post", yours.keys() - mine.keys(), yours),
+        (label, yours.keys() - mine.keys(), yours),
     ):
         if extra:
             first = min(extra)
@@ -87,11 +87,14 @@ def compare_tokenizers(pre: Any, post: Any, vocab_size: int) -> list[str]:
                 f"tokenizer: {len(extra)} ids are named in {owner} only (id {first}: '{shown(names[first])}')"
             )
     if _splitting(pre) != _splitting(post):
-        notes.append("tokenizer: the parents split text differently; post's tokenizer is used and shipped")
+        parents = "the parents" if label == shipped == "post" else f"pre and {label}"
+        notes.append(
+            f"tokenizer: {parents} split text differently; {shipped}'s tokenizer is used and shipped"
+        )
     if getattr(pre, "chat_template", None) != getattr(post, "chat_template", None):
         whose = "pre has none" if not getattr(pre, "chat_template", None) else "they differ"
-        whose = "post has none" if not getattr(post, "chat_template", None) else whose
-        notes.append(f"chat template: {whose}; post's tokenizer is used and shipped")
+        whose = f"{label} has none" if not getattr(post, "chat_template", None) else whose
+        notes.append(f"chat template: {whose}; {shipped}'s tokenizer is used and shipped")
     return notes
 
 

@@ -18,7 +18,8 @@ from search.config import SpaceConfig
 from search.errors import ConfigError
 from search.picks import named_picks
 from search.plots.style import COLUMN, INK, POST, PRE, QUIET, canvas, caption, caption_height, drawn, label
-from search.space import CoefficientSpace, layer_of_group
+from search.sections import MergeConfig
+from search.space import CoefficientSpace, by_expert, layer_of_group
 
 _SHORT = {"embeddings": "emb", "final_norm": "norm", "head": "head", "all": "all tensors", "other": "other"}
 _BEFORE = ("embeddings",)  # drawn left of the layers, the other groups outside the layers right of them
@@ -98,7 +99,7 @@ def _means(coefficients: Mapping[str, float]) -> dict[str, float]:
     by_layer = SpaceConfig(granularity="layer", components=["attention", "mlp", "norms"])
 
     def grouped(names: list[str]) -> CoefficientSpace:
-        return CoefficientSpace.build(names, by_layer, "linear")
+        return CoefficientSpace.build(names, by_layer, MergeConfig())
 
     placed: list[str] = []
     for name in coefficients:
@@ -121,11 +122,19 @@ def coefficients_figure(board: Board) -> Figure:
     picks: dict[int, tuple[list[str], Row]] = {}
     for name, row in named_picks(board).items():
         picks.setdefault(row.trial, ([], row))[0].append(name)
-    grids = {trial: coefficient_grid(row.coefficients) for trial, (_, row) in picks.items()}
-    first = next(iter(grids.values()))
+    # (title, coefficients): several experts have a panel each.
+    drawings = [
+        (f"{', '.join(names)}: {row.label}" + (f", {expert}" if expert else ""), each)
+        for names, row in picks.values()
+        for expert, each in by_expert(row.coefficients).items()
+    ]
+    grids = [coefficient_grid(each) for _, each in drawings]
+    first = grids[0]
     cells = max(len(first.columns) + len(first.outside), 1)
     width = COLUMN if cells <= 44 else 2 * COLUMN
-    text = "0 is pre, 1 is post; the uniform line has one colour everywhere."
+    several = len(drawings) > len(picks)
+    end = "expert" if several else "post"
+    text = f"0 is pre, 1 is {'the ' if several else ''}{end}; the uniform line has one colour everywhere."
     if first.averaged:
         text += " One coefficient a tensor: a cell is the mean over the tensors of one layer and component."
     below = caption_height(text, width)
@@ -134,16 +143,14 @@ def coefficients_figure(board: Board) -> Figure:
     figure = canvas(width, height, below)
     panels = figure.subplots(len(grids), 1, squeeze=False)[:, 0]
     values = [
-        value
-        for grid in grids.values()
-        for value in (*(c[3] for c in grid.layers), *(v for _, v in grid.outside))
+        value for grid in grids for value in (*(c[3] for c in grid.layers), *(v for _, v in grid.outside))
     ]
     scale = Scale.over(values)
-    for axes, (trial, (names, row)) in zip(panels, picks.items(), strict=True):
-        mean = float(np.mean(list(row.coefficients.values())))
-        axes.set_title(label(f"{', '.join(names)}: {row.label}", 46), fontsize=7.5, pad=3)
+    for axes, (title, each), grid in zip(panels, drawings, grids, strict=True):
+        mean = float(np.mean(list(each.values())))
+        axes.set_title(label(title, 46), fontsize=7.5, pad=3)
         axes.set_title(f"mean {mean:.2f}", loc="right", fontsize=6.5, fontweight="normal", color=QUIET, pad=3)
-        _draw(axes, grids[trial], scale, numbers=cells <= 8, bottom=axes is panels[-1], inches=width - 0.6)
+        _draw(axes, grid, scale, numbers=cells <= 8, bottom=axes is panels[-1], inches=width - 0.6)
     bar = figure.colorbar(
         ScalarMappable(scale.norm, scale.colours),
         ax=list(panels),
@@ -153,7 +160,7 @@ def coefficients_figure(board: Board) -> Figure:
         fraction=0.05,
     )
     ticks = [0.0, 0.5, 1.0]
-    bar.set_ticks(ticks, labels=["0  pre", "0.5", "post  1"])
+    bar.set_ticks(ticks, labels=["0  pre", "0.5", f"{end}  1"])
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(length=2, labelsize=6.5)
     caption(figure, text)

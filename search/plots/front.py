@@ -34,6 +34,7 @@ from search.plots.style import (
     caption,
     caption_height,
     drawn,
+    label,
     said,
 )
 
@@ -174,7 +175,8 @@ class _Panel:
 
     def _uniform_line(self, line: Sequence[Row]) -> None:
         points = self._points(line)
-        self.axes.plot(*points.T, color=INK, lw=0.8, ls=(0, (1, 1.2)), zorder=3)
+        path = self._points([row for row in line if row.kind != "expert"])
+        self.axes.plot(*path.T, color=INK, lw=0.8, ls=(0, (1, 1.2)), zorder=3)
         for row, (x, y) in zip(line, points, strict=True):
             ring = FRONT if row.front else INK
             if row.kind == "uniform":
@@ -187,19 +189,19 @@ class _Panel:
             self.axes.plot(
                 x, y, "D", color=colour, ms=5.6, mec=FRONT if row.front else "white", mew=0.9, zorder=8
             )
-            self._name(row.kind, (x, y), points.mean(axis=0))
+            self._name(row.label, colour, (x, y), points.mean(axis=0))
 
-    def _name(self, kind: str, point: tuple[float, float], middle: Floats) -> None:
+    def _name(self, name: str, colour: str, point: tuple[float, float], middle: Floats) -> None:
         """Writes a parent's name on the side that looks away from the uniform line."""
         right, up = point[0] >= middle[0], point[1] >= middle[1]
         self.axes.annotate(
-            kind,
+            label(name, 16),
             point,
             xytext=(5 if right else -5, 4 if up else -4),
             textcoords="offset points",
             ha="left" if right else "right",
             va="bottom" if up else "top",
-            color=PARENTS[kind],
+            color=colour,
             fontweight="bold",
             fontsize=8,
             zorder=10,

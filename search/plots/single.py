@@ -30,7 +30,7 @@ def draw_one_objective(axes: Axes, board: Board, split: Split) -> None:
         if row.kind in PARENTS:
             axes.axhline(cell.value, color=colour, lw=0.6, ls=(0, (4, 2)), zorder=1)
             axes.annotate(
-                row.kind,
+                row.label,
                 (1.0, cell.value),
                 xycoords=("axes fraction", "data"),
                 xytext=(-2, 2),

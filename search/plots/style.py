@@ -29,7 +29,7 @@ QUIET = "#5F6368"  # captions, reference, grid labels: 6:1 on white
 FAINT = "#B4B8BD"  # dominated trials
 SHADE = "#EDEFF1"  # areas that belong to the baselines
 
-PARENTS = {"pre": PRE, "post": POST}
+PARENTS = {"pre": PRE, "post": POST, "expert": POST}  # by the kind of a trial
 HALO = [withStroke(linewidth=2.2, foreground="white")]  # keeps text legible on lines
 
 COLUMN = 3.45  # inches: one column of a paper, or a phone

@@ -21,6 +21,7 @@ def make_engine(
     bounds: tuple[float, float],
     sources: Sources,
     idle: Collection[str] = (),
+    baselines: int = len(UNIFORM_LINE),
 ) -> Engine:
     """The engine of a study file's `sampler` section.
 
@@ -30,6 +31,7 @@ def make_engine(
         bounds: (low, high) of every coefficient.
         sources: what the engine may look at beside the trials.
         idle: groups whose coefficients change nothing; they are left alone, unless all are.
+        baselines: how many trials are scored before the first proposal.
 
     Raises:
         ConfigError: the sampler cannot work in this space.
@@ -59,7 +61,7 @@ def make_engine(
 
         maximize = tuple(metric.maximize for metric in sources.metrics)
         first = GradientEngine(config, names, bounds, maximize, gradient, sources.losses)
-        return WarmStarted(first, engine, config.warm, len(UNIFORM_LINE))
+        return WarmStarted(first, engine, config.warm, baselines)
 
     follows = cache(sources.gradient) if config.follows_gradients else None
     if idle and len(idle) < len(groups):

@@ -17,6 +17,7 @@ from objectives.evaluator import Evaluation
 from objectives.metrics import Metric
 from objectives.outcomes import Outcomes
 from search.answers import AnswersModel, predicted_outcomes, relative_scores
+from search.baselines import PARENTS
 from search.front import hypervolume_batch, non_dominated, worst_corner
 from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
@@ -65,7 +66,7 @@ class CompositeEngine(Engine):
         x = self._unit(known)
         model = AnswersModel(x, np.array([self._scores_of(record) for record in known]))
         values = np.array([record.values for record in known])
-        parents = [record.values for record in known if record.kind in ("pre", "post")]
+        parents = [record.values for record in known if record.kind in PARENTS]
         corner = worst_corner(np.array(parents) if parents else values, maximise=self._maximize)
         open_ = [record for record in history if not record.finished]
         if open_:

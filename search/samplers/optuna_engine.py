@@ -177,6 +177,9 @@ class OptunaEngine(Engine):
         for record in history:
             known = self._mirrored.get(record.number)
             state = "running" if record.state == "waiting" else record.state
+            if known is not None and known[1] == "running":
+                # What was asked for may have been brought into a simplex before it became a trial.
+                self._mirror.get_trials(deepcopy=False)[known[0]].params = dict(record.coefficients)
             if known is not None and known[1] == state:
                 continue
             if known is None:

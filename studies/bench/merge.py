@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from timing import Ratio, take_turns
 
+from search.merging.blend import make_blend
 from search.merging.live import LiveModel
 
 
@@ -26,14 +27,14 @@ def measure(live: LiveModel, method: str, repeats: int) -> MergeTimes:
     """Merges with another coefficient in every tensor, and copies of all parameters, `repeats` times each."""
     targets = list(live.model.parameters())
     sources = [target.clone() for target in targets]
-    coefficients = {name: (i * 7 % 19) / 19 for i, name in enumerate(live.parents.names)}
+    coefficients = {name: ((i * 7 % 19) / 19,) for i, name in enumerate(live.parents.names)}
 
     def copy() -> None:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
     def merge() -> None:
-        live.apply(coefficients, method)
+        live.apply(make_blend(live.parents, coefficients, method))
 
     merge()  # maps the files' pages, and measures the angles of slerp
     copy()

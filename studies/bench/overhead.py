@@ -94,7 +94,7 @@ def free_study(folder: Path, engine: str, coefficients: int, trials: int) -> tup
         for row, name in enumerate(config.objectives)
     )
     groups = tuple(Group(f"layer.{index}", (f"layers.{index}.weight",)) for index in range(coefficients))
-    space = CoefficientSpace(groups, "linear", config.space.low, config.space.high)
+    space = CoefficientSpace(groups, ("linear",), config.space.low, config.space.high)
     store = StudyStore.create(
         _url(folder), config.name, [(metric.name, metric.maximize) for metric in metrics]
     )
@@ -243,7 +243,7 @@ def made_up(materials: FreeMaterials, trials: int) -> Iterable[TrialRecord]:
             # What Optuna's sampler would draw does not matter to what it costs; drawing it would take minutes.
             drawn = dict(zip(space.names, rng.uniform(*bounds, space.dim).tolist(), strict=True))
             kind, proposal = "search", Proposal(drawn, dict.fromkeys(engine.baseline_tags(0), number // 16))
-        recipe = Recipe(space.method, proposal.coefficients)
+        recipe = Recipe("linear", proposal.coefficients)
         attributes = {
             "method": recipe.method,
             "recipe": recipe.key,

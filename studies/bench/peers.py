@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from search.mergekit_config import Pair, config_text
+from search.mergekit_config import config_text
+from search.merging.blend import Blend
 from search.merging.parents import Parents
 
 Pairs = tuple[tuple[str, str], ...]
@@ -25,14 +26,14 @@ class Answer:
     acc_norm: bool
 
 
-def merge_to_disk(parents: Parents, weights: Mapping[str, Pair], out: Path) -> None:
+def merge_to_disk(parents: Parents, blend: Blend, out: Path) -> None:
     """mergekit's `linear`, from the config that this product exports, with mergekit's default options."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
     places = (str(parents.pre.folder), str(parents.post.folder))
-    text = config_text(parents, weights, places, "float32", [])
+    text = config_text(parents, blend, places, "float32", [])
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(out), MergeOptions(quiet=True))
 
 

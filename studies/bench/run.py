@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     raw: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
         scratch = Path(name)
-        parents = Parents.open(str(arguments.pair / "pre"), str(arguments.pair / "post"))
+        parents = Parents.pair(str(arguments.pair / "pre"), str(arguments.pair / "post"))
         tokenizer = parents.tokenizer()
         live = LiveModel(parents)
         data = scoring.Rows.take(arguments.data, arguments.questions, scratch / "questions")

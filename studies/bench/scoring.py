@@ -18,8 +18,8 @@ from objectives.evaluator import Evaluation, Evaluator
 from objectives.scoring import Scorer
 from objectives.tasks import Question, load_questions
 from search.config import SplitConfig, TaskConfig
+from search.merging.blend import Blend, make_blend
 from search.merging.live import LiveModel
-from search.merging.weights import tensor_weights
 
 EXAMPLES = 5  # first rows: never scored, the few-shot examples of all questions
 PEER_BATCHES = (1, 4, 8, 16, 32)
@@ -120,17 +120,19 @@ def measure_trials(
     times = TrialTimes(shots, len(questions), evaluator.tokens, batch)
 
     for repeat in range(repeats):
-        coefficients = {name: ((i * 7 + repeat * 3) % 19) / 19 for i, name in enumerate(live.parents.names)}
-        weights = tensor_weights(live.parents, coefficients, "linear")
+        coefficients = {
+            name: (((i * 7 + repeat * 3) % 19) / 19,) for i, name in enumerate(live.parents.names)
+        }
+        blend = make_blend(live.parents, coefficients)
         out = scratch / f"merge-{shots}-{repeat}"
         found: dict[str, Any] = {}
 
-        def here(coefficients: Any = coefficients, found: Any = found) -> None:
-            times.merge.append(seconds(lambda: live.apply(coefficients)))
+        def here(blend: Blend = blend, found: Any = found) -> None:
+            times.merge.append(seconds(lambda: live.apply(blend)))
             times.score.append(seconds(lambda: found.update(ours=evaluator.evaluate())))
 
-        def there(weights: Any = weights, out: Path = out, found: Any = found) -> None:
-            times.mergekit.append(seconds(lambda: peers.merge_to_disk(live.parents, weights, out)))
+        def there(blend: Blend = blend, out: Path = out, found: Any = found) -> None:
+            times.mergekit.append(seconds(lambda: peers.merge_to_disk(live.parents, blend, out)))
             times.load.append(seconds(lambda: found.update(model=peers.load(out, batch))))
             times.lm_eval.append(
                 seconds(

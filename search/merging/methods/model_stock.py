@@ -54,6 +54,23 @@ def merge_model_stock(
     return mean.mul_(t).add_((1.0 - t) * base.float())
 
 
+def stock_weights(ratio: float, weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights of the base and of every expert: the merge at ratio t as a weighted sum.
+
+    They make it a mergekit `linear` merge without normalisation.
+
+    >>> stock_weights(0.5, [1.0, 1.0])
+    (0.5, 0.25, 0.25)
+
+    Raises:
+        MergeError: weights of sum zero.
+    """
+    total = sum(weights)
+    if not abs(total) > _TINY:
+        raise MergeError(f"merge: the weights {list(weights)} have no mean (wanted a sum other than zero).")
+    return 1.0 - ratio, *(ratio * weight / total for weight in weights)
+
+
 def stock_ratio(base: torch.Tensor, experts: Sequence[torch.Tensor], *, rows: bool = False) -> torch.Tensor:
     """The ratio `t = K cos / (1 + (K - 1) cos)` with the mean cosine of the angles between K task vectors.
 

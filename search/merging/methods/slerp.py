@@ -38,7 +38,7 @@ def angle(pre: torch.Tensor, post: torch.Tensor) -> float | None:
     return None if abs(cosine) > PARALLEL else math.acos(cosine)
 
 
-def slerp_weights(coefficient: float, omega: float | None) -> tuple[float, float]:
+def slerp_weights(coefficient: float, omega: float | None) -> tuple[float, ...]:
     """Weights of `pre` and `post` at a coefficient; `omega` is what `angle` gave.
 
     0 gives exactly (1, 0) and 1 exactly (0, 1); outside [0, 1] the arc goes on.
@@ -47,6 +47,6 @@ def slerp_weights(coefficient: float, omega: float | None) -> tuple[float, float
     [0.7071, 0.7071]
     """
     if omega is None:
-        return linear_weights(coefficient)
+        return linear_weights([coefficient])
     scale = math.sin(omega)
     return math.sin((1.0 - coefficient) * omega) / scale, math.sin(coefficient * omega) / scale

@@ -1,0 +1,222 @@
+"""LoRA adapters as parents, against the real peft."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from search.board import read_board
+from search.config import load_study_file
+from search.errors import CheckpointError, IncompatibleModelsError, MergeError
+from search.export import export_rows
+from search.merging.adapters import CONFIG, WEIGHTS, average_adapters, merged_adapter
+from search.merging.checkpoint import Checkpoint
+from search.merging.parents import Parents
+from search.opening import create
+from search.study import run
+from tests.pico import save_pico
+from tests.pico_study import write_questions, write_study
+from tests.test_mergekit_config import differing, loaded
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGEFRONT_CACHE", str(tmp_path / "cache"))
+
+
+def save_adapter(pre: Path, folder: Path, seed: int = 1, **config: Any) -> Path:
+    """An adapter of random weights, as peft saves it."""
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **config}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pre), LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape))
+            elif "modules_to_save" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return folder
+
+
+def by_peft(pre: Path, folder: Path) -> dict[str, torch.Tensor]:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pre), folder).merge_and_unload()
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+    ],
+    ids=lambda config: "-".join(config) or "plain",
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_merged_as_peft_merges_it(config: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0, dtype=dtype, tied=False)
+    adapter = save_adapter(pre, tmp_path / "adapter", **config)
+    folder = merged_adapter(adapter, Checkpoint.open(pre))
+    ours, base, wanted = loaded(folder), loaded(pre), by_peft(pre, adapter)
+    assert ours.keys() == base.keys()
+    changed = [name for name in ours if not torch.equal(ours[name], base[name])]
+    assert changed == [name for name in ours if not torch.equal(wanted[name], base[name])]
+    # peft rounds the product and the sum in bfloat16, here both are float32 and rounded once.
+    allowed = 1e-6 if dtype == "float32" else 2e-3
+    for name, tensor in ours.items():
+        assert tensor.dtype == base[name].dtype
+        torch.testing.assert_close(tensor.float(), wanted[name].float(), rtol=0, atol=allowed)
+    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert merged_adapter(adapter, Checkpoint.open(pre)) == folder  # found again, not made again
+
+
+def test_the_product_is_exact(tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0, tied=False)
+    adapter = save_adapter(pre, tmp_path / "adapter", target_modules=["q_proj"])
+    ours, base, parts = (
+        loaded(merged_adapter(adapter, Checkpoint.open(pre))),
+        loaded(pre),
+        load_file(adapter / WEIGHTS),
+    )
+    name = "model.layers.1.self_attn.q_proj"
+    a, b = (parts[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+    exact = base[f"{name}.weight"].double() + 6 / 4 * (b @ a)
+    torch.testing.assert_close(ours[f"{name}.weight"].double(), exact, rtol=0, atol=1e-7)
+
+
+def test_adapters_are_experts_of_a_study(tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0, dtype="bfloat16", tied=True)
+    for seed, name in enumerate(("brief", "kind"), start=1):
+        save_adapter(pre, tmp_path / name, seed=seed)
+    write_questions(tmp_path / "questions.jsonl")
+    path = write_study(tmp_path, experts=("brief", "kind"), trials=4)
+    store, materials = create(load_study_file(path), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
+    run(store, materials)
+    board = read_board(store)
+    row = board.of_kind("search")[0]
+    (folder,) = export_rows(
+        store, board, [row], tmp_path / "out", weights=True, overwrite=False, overrides=[]
+    )
+    text = (folder / "mergekit_config.yml").read_text()
+    assert f"CAUTION: brief is the adapter {tmp_path / 'brief'}" in text
+    run_merge(
+        MergeConfiguration.model_validate(yaml.safe_load(text)),
+        str(tmp_path / "rebuilt"),
+        MergeOptions(quiet=True),
+    )
+    assert differing(loaded(folder / "model"), loaded(tmp_path / "rebuilt")) == 0
+    assert materials.idle  # the adapters left the embeddings alone
+
+
+def test_an_adapter_may_be_post(tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0)
+    save_adapter(pre, tmp_path / "post")
+    parents = Parents.pair(str(pre), str(tmp_path / "post"))
+    assert list(parents.adapters) == ["post"]
+    assert parents.post.folder.is_relative_to(tmp_path / "cache")
+    with pytest.raises(CheckpointError, match=r"no config\.json|PEFT adapter"):
+        Parents.pair(str(tmp_path / "post"), str(pre))
+
+
+def edited(folder: Path, **config: Any) -> Path:
+    value = json.loads((folder / CONFIG).read_text()) | config
+    (folder / CONFIG).write_text(json.dumps(value))
+    return folder
+
+
+def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0, tied=False)
+    base = Checkpoint.open(pre)
+    whole = save_adapter(pre, tmp_path / "whole")
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / name))
+
+    def with_tensors(name: str, change: dict[str, torch.Tensor | None]) -> Path:
+        folder = copy(name)
+        tensors = {**load_file(folder / WEIGHTS), **change}
+        save_file({key: t for key, t in tensors.items() if t is not None}, folder / WEIGHTS)
+        return folder
+
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    other = key.format("A").replace("layers.0", "layers.9"), key.format("B").replace("layers.0", "layers.9")
+    for folder, wanted in (
+        (edited(copy("a"), peft_type="IA3"), "of type 'IA3', wanted LORA"),
+        (edited(copy("b"), use_dora=True), r"LoRA with DoRA \(use_dora\)"),
+        (edited(copy("c"), lora_alpha="many"), "lora_alpha: found 'many'"),
+        (with_tensors("d", {key.format("A"): None}), "one half of a LoRA pair"),
+        (
+            with_tensors("e", {key.format("A"): torch.zeros(4, 9)}),
+            r"q_proj.weight: shape \(32, 9\) but \(32, 32\)",
+        ),
+        (with_tensors("f", {key.format("A"): torch.zeros(3, 32)}), r"LoRA of shapes \(3, 32\) and \(32, 4\)"),
+        (
+            with_tensors("g", {other[0]: torch.zeros(4, 32), other[1]: torch.zeros(32, 4)}),
+            "changes model.layers.9.self_attn.q_proj.weight, which .* does not have",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=wanted) as error:
+            merged_adapter(folder, base)
+        assert "\n" not in str(error.value)
+    (copy("h") / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors"):
+        merged_adapter(tmp_path / "h", base)
+    torn = copy("i") / WEIGHTS
+    torn.write_bytes(torn.read_bytes()[:-100])
+    with pytest.raises(CheckpointError):
+        merged_adapter(torn.parent, base)
+    infinite = with_tensors(
+        "j", {key.format("B"): torch.full((32, 4), 3e38), key.format("A"): torch.ones(4, 32)}
+    )
+    with pytest.raises(MergeError, match="a merged value is not finite"):
+        merged_adapter(infinite, base)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))  # nothing half-made is left
+
+
+def test_an_adapter_that_changes_nothing_is_no_expert(tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0)
+    folders = [save_adapter(pre, tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    tensors = load_file(folders[1] / WEIGHTS)
+    save_file(
+        {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}, folders[1] / WEIGHTS
+    )
+    with pytest.raises(
+        IncompatibleModelsError, match="b: every tensor is as in pre, so its task vector is zero"
+    ):
+        Parents.open(str(pre), {name: str(folder) for name, folder in zip("ab", folders, strict=True)})
+
+
+def test_separate_averages_have_cross_terms(tmp_path: Path) -> None:
+    """mean(B) mean(A) of two adapters is a quarter of all four products."""
+    pre = save_pico(tmp_path / "pre", seed=0, tied=False)
+    folders = [save_adapter(pre, tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    average_adapters(folders, [0.5, 0.5], tmp_path / "mean")
+    name = "model.layers.0.mlp.up_proj"
+    parts = [load_file(folder / WEIGHTS) for folder in folders]
+    a, b = ([part[f"base_model.model.{name}.lora_{side}.weight"].double() for part in parts] for side in "AB")
+    merged, base = loaded(merged_adapter(tmp_path / "mean", Checkpoint.open(pre))), loaded(pre)
+    wanted = base[f"{name}.weight"].double() + 1.5 * sum(0.25 * y @ x for x in a for y in b)
+    torch.testing.assert_close(merged[f"{name}.weight"].double(), wanted, rtol=0, atol=1e-6)
+    edited(folders[1], lora_alpha=99)
+    with pytest.raises(CheckpointError, match="other modules, ranks or scaling than"):
+        average_adapters(folders, [0.5, 0.5], tmp_path / "again")
+    with pytest.raises(MergeError, match="2 adapters with weights"):
+        average_adapters(folders, [0.5], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
