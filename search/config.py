@@ -164,15 +164,23 @@ class StudyConfig(Section):
             raise ValueError(
                 f"sampler.{key}: space.granularity uniform has one coefficient only; remove one of the two"
             )
+        if (sampler.knots or sampler.coarse) and self.merge.searched:
+            raise ValueError(
+                f"sampler.{key}: moves coefficients only, but merge.{self.merge.searched[0]} is searched, too; "
+                "fix it, or remove sampler." + key
+            )
+        if sampler.coarse and self.space.simplex:
+            raise ValueError(
+                "sampler.coarse: a block of all experts has nothing to move in a simplex; remove one of the two"
+            )
         return self
 
     @model_validator(mode="after")
     def _experts_fit(self) -> StudyConfig:
         count = len(self.parents.post_trained)
         for method in map(get_method, self.merge.methods):
-            if not method.least <= count <= method.most:
-                wanted = f"at least {method.least}" if count < method.least else f"at most {method.most}"
-                raise ValueError(f"merge.method: {method.name} merges {wanted} experts, found {count}")
+            if (fault := method.fault(count)) is not None:
+                raise ValueError(f"merge.method: {fault}")
             if method.relative and self.space.low < 0.0:
                 raise ValueError(
                     f"space.low: found {self.space.low:g}, but {method.name} takes no weights below 0; give 0"
@@ -181,11 +189,21 @@ class StudyConfig(Section):
             if self.space.simplex:
                 raise ValueError("space.simplex: is for several experts; remove it, or give parents.experts")
             return self
-        if self.space.simplex and (self.sampler.follows_gradients or self.sampler.engine == "line"):
+        if self.space.simplex and self.sampler.follows_gradients:
             raise ValueError(
                 f"sampler: {self.sampler.title} leaves the simplex; remove space.simplex, or use another engine"
             )
+        if self.sampler.engine == "line" and not self.has_line:
+            raise ValueError(
+                "sampler: engine line has nothing to move in a simplex or under a method that takes a mean; use "
+                "another engine"
+            )
         return self
+
+    @property
+    def has_line(self) -> bool:
+        """Whether recipes with one coefficient for everything differ: not in a simplex, nor where only ratios count."""
+        return not self.space.simplex and not get_method(self.merge.methods[0]).relative
 
     def to_json(self) -> dict[str, Any]:
         """The frozen form that is stored in the study: plain JSON, the key order of this file."""
@@ -299,11 +317,15 @@ def _resolve_paths(config: StudyConfig, folder: Path) -> StudyConfig:
     return config.model_copy(update=update)
 
 
+# What pydantic adds to the place of an error where a value may be of several types.
+_NO_KEYS = ("[key]", "float", "str", "list[float]", "list[str]")
+
+
 def _explain(error: ValidationError) -> str:
     details = error.errors()
     # A misspelt key often shows up twice, as unknown and as missing: the first says what to do.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    path = [part for part in detail["loc"] if part != "[key]"]
+    path = [part for part in detail["loc"] if part not in _NO_KEYS]
     key = ".".join(map(_shown, path))
     if detail["type"] == "extra_forbidden":
         hint = difflib.get_close_matches(str(path[-1]), _keys_at(path[:-1]), n=1)

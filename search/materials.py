@@ -29,9 +29,10 @@ from search.baselines import Baseline, baselines
 from search.config import StudyConfig
 from search.errors import ConfigError
 from search.fidelity.fitting import require_fitting
-from search.merging.blend import Blend, make_blend
+from search.merging.blend import Blend, check_masks, make_blend
 from search.merging.checkpoint import Checkpoint
 from search.merging.live import LiveModel
+from search.merging.methods.table import get_method
 from search.merging.parents import Parents
 from search.merging.placement import choose_device
 from search.space import CoefficientSpace, Recipe
@@ -64,11 +65,13 @@ class Materials:
         """Opens parents and questions.
 
         Raises:
-            CheckpointError, IncompatibleModelsError: the parents cannot be read or merged.
+            CheckpointError, IncompatibleModelsError, MergeError: the parents cannot be read or merged.
             ConfigError: the questions cannot be read, an objective names an unknown task, or `racing` or `fidelity`
                 wants more of the search split than there is.
         """
         parents = Parents.open(config.parents.pre, config.parents.post_trained)
+        if any(get_method(name).seeded for name in config.merge.methods):
+            check_masks(parents)
         tokenizer = parents.tokenizer()
         questions = load_questions(config.tasks, config.split, tokenizer)
         require_fitting(config, [question.task for question in questions.search])
@@ -136,11 +139,12 @@ class Materials:
     def idle(self) -> tuple[str, ...]:
         """Coefficients that change nothing: post-training left all tensors of the group as they were.
 
-        So it is with embeddings under LoRA. In a simplex every coefficient takes from the others, so there is none.
+        So it is with embeddings under LoRA. There is none where every coefficient takes from the others: in a simplex,
+        and under methods that take a mean.
         """
         import torch
 
-        if self.space.simplex:
+        if self.space.simplex or any(get_method(name).relative for name in self.space.methods):
             return ()
         pre, groups = self.parents.pre, self.space.groups
         still = [

@@ -8,6 +8,7 @@ against every tensor name; what the config does to each tensor is simulated befo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -149,10 +150,16 @@ def check_config(path: Path, parents: Parents, blend: Blend) -> None:
         known = tuple(
             next((value for text, value in side if text == "*" or text in name), None) for side in sides
         )
-        if known != weights:
+        if not _agree(known, weights):
             raise ExportError(
                 f"{path}: tensor {shown(name)}: weights {known}, the recipe says {weights}. Export again."
             )
+
+
+def _agree(known: Sequence[float | None], weights: Weights) -> bool:
+    """Whether they are the same, but for the last bits that angles and lengths have on another kind of processor."""
+    pairs = zip(known, weights, strict=True)
+    return all(one is not None and math.isclose(one, other, abs_tol=1e-12) for one, other in pairs)
 
 
 def caveats(parents: Parents, blend: Blend) -> list[str]:
@@ -166,6 +173,12 @@ def caveats(parents: Parents, blend: Blend) -> list[str]:
     for label, folder in parents.adapters.items():
         found.append(
             f"{label} is the adapter {folder}; mergekit reads it merged into pre, from {parents.experts[label].folder}"
+        )
+    aliases = sorted(set(parents.tied).intersection(parents.pre.names))
+    if blend.method.seeded and aliases:
+        found.append(
+            f"mergekit draws other random masks for the stored {aliases[0]} than for {parents.tied[aliases[0]]}, which "
+            "config.json ties to it: its result is untied and not what was scored; export with --weights instead"
         )
     if blend.method.kernel:
         found.append(

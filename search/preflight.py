@@ -12,6 +12,7 @@ from search.database import sqlite_path
 from search.errors import MergefrontError
 from search.evidence import EvidenceFolder
 from search.materials import Materials
+from search.merging.blend import RANKED, RANKS_BYTES
 from search.merging.methods.table import OPTIONS, get_method
 from search.sections import MergeConfig, ParentsConfig
 from search.storage import StudyStore
@@ -41,7 +42,7 @@ def describe(materials: Materials, url: str) -> list[str]:
         f"questions   {len(split.search)} search, {len(split.report)} report, of {', '.join(split.task_names)}",
         f"objectives  {', '.join(m.name + (' up' if m.maximize else ' down') for m in materials.metrics)}",
         f"search      {config.sampler.title}, {len(materials.baselines)} baselines + {config.trials} trials",
-        f"memory      {live / MIB:,.0f} MiB for the live model; the parents stay on disk, mapped",
+        f"memory      {live / MIB:,.0f} MiB for the live model{_ranks(materials)}; the parents stay on disk, mapped",
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
         f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
     ]
@@ -74,7 +75,7 @@ def describe(materials: Materials, url: str) -> list[str]:
 
 
 def _power(materials: Materials, url: str) -> list[str]:
-    """What the report split can show, from the answers of `post` and a uniform 0.5 once they are stored."""
+    """What the report split can show, from the answers of an expert and a uniform 0.5 once they are stored."""
     pair = _stored_pair(materials, url)
     found = materials.power("report", pair)
     if not found:
@@ -83,12 +84,16 @@ def _power(materials: Materials, url: str) -> list[str]:
     return [
         f"power       differences {differences(found)} show on {len(materials.questions.report)} report questions "
         f"(80 % power); standard errors {errors}; "
-        + ("spreads assumed" if pair is None else "from the stored answers of post and uniform 0.5")
+        + (
+            "spreads assumed"
+            if pair is None
+            else f"from the stored answers of {materials.space.experts[0]} and uniform 0.5"
+        )
     ]
 
 
 def _stored_pair(materials: Materials, url: str) -> tuple[Outcomes, Outcomes] | None:
-    """Answers of `post` and the uniform 0.5 to the search split, if a study of this name has scored both there.
+    """Answers of the first expert and the uniform 0.5 to the search split, if a study of this name has scored both.
 
     Looked for in SQLite files only: a server may be slow to answer, and gets its tables from whoever asks first.
     """
@@ -100,7 +105,8 @@ def _stored_pair(materials: Materials, url: str) -> tuple[Outcomes, Outcomes] | 
         if (store.attribute("identity") or {}).get("questions") != materials.questions.digest:
             return None
         evidence = EvidenceFolder(url, store.name)
-        keys = [materials.space.uniform(coefficient).key for coefficient in (1.0, 0.5)]
+        space = materials.space
+        keys = [space.alone(space.experts[0]).key, space.uniform(0.5).key]
         trials = [trial for key in keys if (trial := store.scored(key)) is not None]
         answers = [evidence.load(str(trial.attributes["evidence"])).outcomes for trial in trials]
     except (
@@ -113,6 +119,14 @@ def _stored_pair(materials: Materials, url: str) -> tuple[Outcomes, Outcomes] | 
 def _work(tokens: float, numbers: int) -> str:
     """Floating-point work of a trial: two operations a parameter and token."""
     return f"{2 * tokens * numbers / 1e12:,.2f} TFLOP"
+
+
+def _ranks(materials: Materials) -> str:
+    """What methods that select by magnitude keep beside the live model."""
+    if not any(method in RANKED for method in materials.space.methods):
+        return ""
+    most = min(4 * materials.parents.parameters * len(materials.parents.experts), RANKS_BYTES)
+    return f", {most / MIB:,.0f} MiB for the order of magnitudes"
 
 
 def _merge(merge: MergeConfig) -> str:

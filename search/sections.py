@@ -15,7 +15,8 @@ PREDICTED = "answers"  # of fidelity.estimator: a model of answers instead of on
 
 
 MAX_EXPERTS = 16
-_KINDS = ("pre", "post", "uniform", "search", "alternative")  # what a row of a board may be called
+# What a row of a board, or a selection, may be called.
+_KINDS = ("pre", "post", "uniform", "search", "alternative", "expert", "knee", "all")
 
 
 class Section(BaseModel):
@@ -38,9 +39,10 @@ class ParentsConfig(Section):
     @classmethod
     def _fit_names(cls, value: dict[str, str] | None) -> dict[str, str] | None:
         for name, place in (value or {}).items():
-            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name) or name in _KINDS:
+            if not re.fullmatch(r"(?!best-)[a-z0-9][a-z0-9_-]{0,31}", name) or name in _KINDS:
                 raise ValueError(
-                    f"found name {name!r}, wanted 1 to 32 of a-z, 0-9, _ and -, and none of {', '.join(_KINDS)}"
+                    f"found name {name!r}, wanted 1 to 32 of a-z, 0-9, _ and -, no best-..., and none of "
+                    f"{', '.join(_KINDS)}"
                 )
             if not place:
                 raise ValueError(f"{name} has no place; give a folder or a hub id")
@@ -121,16 +123,22 @@ class MergeConfig(Section):
 
     def _check_epsilon(self) -> None:
         (low, high), (_, spread) = (self.range_of(name) for name in ("density", "epsilon"))
-        if low - spread <= 0.0 or (high < 1.0 and high + spread >= 1.0):
+        if low - spread <= 0.0 or (low < 1.0 and high + spread >= 1.0):
             raise ValueError(
                 f"epsilon: found up to {spread:g} with density from {low:g} to {high:g}, wanted density - epsilon "
-                "above 0 and density + epsilon below 1"
+                "above 0 and density + epsilon below 1 (a density of 1 throughout takes any)"
             )
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Their names; several are searched."""
         return (self.method,) if isinstance(self.method, str) else tuple(self.method)
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """What is searched beside the coefficients: `method`, hyper-parameters."""
+        options = tuple(name for name in OPTIONS if isinstance(getattr(self, name), list))
+        return (*(("method",) if len(self.methods) > 1 else ()), *options)
 
     def range_of(self, option: str) -> tuple[float, float]:
         """Lowest and highest value of a hyper-parameter, equal if it is not searched."""

@@ -77,7 +77,9 @@ class Axis:
         """The value at a place in [0, 1]."""
         if self.choices:
             return float(min(int(share * len(self.choices)), len(self.choices) - 1))
-        return min(max(self.low + share * (self.high - self.low), self.low), self.high)
+        return min(
+            max((1.0 - share) * self.low + share * self.high, self.low), self.high
+        )  # exact at both ends
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,12 @@ class CoefficientSpace:
             **values,
             **{name: min(self.low + share * reach, self.high) for name, share in shares.items()},
         }
+
+    @cached_property
+    def neutral(self) -> dict[str, float]:
+        """Where the axes are on the uniform line, as an engine sees them."""
+        reach = self.high - self.low
+        return {axis.name: self.low + axis.share(axis.neutral) * reach for axis in self.axes}
 
     def unit(self, values: Mapping[str, float]) -> NDArray[np.float64]:
         """All numbers of a recipe in the unit box: `(dim,)`."""

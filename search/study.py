@@ -132,8 +132,10 @@ def run(
 
     bounds = (materials.space.low, materials.space.high)
     sources = Sources(materials.metrics, gradient, answers, lambda record: materials.losses(answers(record)))
-    names, first = materials.space.names, len(materials.baselines)
-    engine = make_engine(materials.config.sampler, names, bounds, sources, materials.idle, first)
+    space, first = materials.space, len(materials.baselines)
+    engine = make_engine(
+        materials.config.sampler, space.names, bounds, sources, materials.idle, first, space.neutral
+    )
     worker = _Worker(
         store, materials, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()
     )

@@ -222,6 +222,20 @@ def test_placeholder_that_got_a_name(tmp_path: Path) -> None:
     assert "'<|im_start|>' in pre but '<|reserved" in refused(post, pre)
 
 
+def test_experts_agree_on_the_ids_that_pre_left_free(tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre")
+    places = {}
+    for name, token in (("a", "<think>"), ("b", "<tool>"), ("c", "<think>"), ("d", "<|reserved_0|>")):
+        tokenizer = pico_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+        places[name] = str(save_pico(tmp_path / name, seed=ord(name), tokenizer=tokenizer))
+    first = 4 + len(_LETTERS)
+    with pytest.raises(IncompatibleModelsError, match=f"id {first} is '<think>' in a but '<tool>' in b"):
+        Parents.open(str(pre), places)
+    del places["b"]
+    assert Parents.open(str(pre), places).names
+
+
 def test_token_without_a_row(tmp_path: Path) -> None:
     tokenizer = pico_tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(40)])

@@ -54,6 +54,11 @@ def compare(
         raise ConfigError(
             f"compare: {sampled[0]} is measured on sampled answers; leave it out of the objectives."
         )
+    if not config.has_line:
+        raise ConfigError(
+            "compare: there is no uniform line to compare with in a simplex or under a method that takes a mean; use "
+            "space.simplex false and such as merge.method linear."
+        )
     entrants = parse_entrants(engines)
     use_threads(workers)
     materials = Materials.open(config, device)

@@ -41,9 +41,10 @@ from search.merging.parents import Parents
 Weights = tuple[float, ...]
 Fill = Callable[[torch.Tensor], None]
 
+_TINY = 1e-3  # weights whose sum the methods would take for 0 lie far below
 RANKS_BYTES = 4 * 2**30  # of memory for ranks: four bytes for each parameter of each expert
 # The order of magnitudes that a method selects by.
-_RANKS = {
+RANKED = {
     "ties": "descending",
     "breadcrumbs": "ascending",
     "breadcrumbs_ties": "ascending",
@@ -105,9 +106,8 @@ def make_blend(
     """
     found = get_method(method)
     count = len(parents.experts)
-    if not found.least <= count <= found.most:
-        wanted = f"at least {found.least}" if count < found.least else f"at most {found.most}"
-        raise MergeError(f"merge.method: {method} merges {wanted} experts, found {count}.")
+    if (fault := found.fault(count)) is not None:
+        raise MergeError(f"merge.method: {fault}.")
     if coefficients.keys() != parents.parameter.keys():
         name = min(coefficients.keys() ^ parents.parameter.keys())
         fault = "has no coefficient" if name in parents.parameter else "is not a tensor of the parents"
@@ -124,6 +124,11 @@ def make_blend(
             raise MergeError(f"recipe: coefficient of {shown(name)} is {each} (wanted finite numbers).")
         weights[name] = tuple(each) if found.kernel else _sum_weights(parents, name, each, method)
     return Blend(found if found.kernel else get_method("linear"), weights, values, seed)
+
+
+def check_masks(parents: Parents) -> None:
+    """Raises MergeError if the parents are stored so that mergekit's order of random masks is not known."""
+    _mask_order(parents)
 
 
 def merge_order(parents: Parents, blend: Blend) -> list[str]:
@@ -155,7 +160,8 @@ def merging(parents: Parents, blend: Blend) -> Iterator[tuple[str, Fill]]:
 
 
 def _mask_order(parents: Parents) -> tuple[str, ...]:
-    return mask_order([one.names for one in parents.everybody], parents.tied)
+    left_out = () if parents.config.model_type == "gpt_neox" else parents.ignored
+    return mask_order([set(one.names).difference(left_out) for one in parents.everybody], parents.tied)
 
 
 def _filler(parents: Parents, blend: Blend, name: str, generator: torch.Generator | None) -> Fill:
@@ -220,8 +226,11 @@ def _sum_weights(parents: Parents, name: str, coefficients: Sequence[float], met
 
 
 def _shares(coefficients: Sequence[float]) -> Sequence[float]:
-    """Methods that take a mean know relative weights only: all zeros are as good as all ones."""
-    return coefficients if any(coefficients) else [1.0] * len(coefficients)
+    """Methods that take a mean know relative weights only: all zeros are as good as all ones, tiny ones as large."""
+    largest = max(map(abs, coefficients))
+    if largest == 0.0:
+        return [1.0] * len(coefficients)
+    return coefficients if largest > _TINY else [coefficient / largest for coefficient in coefficients]
 
 
 def _ranked(parents: Parents, blend: Blend, name: str) -> dict[str, list[torch.Tensor]]:
@@ -230,7 +239,7 @@ def _ranked(parents: Parents, blend: Blend, name: str) -> dict[str, list[torch.T
     Which of several equal magnitudes comes first is torch's affair, and another one on another kind of processor.
     mergekit sorts with torch, so this is what makes 16-bit parents, where many are equal, come out the same.
     """
-    if blend.options.get("density", 1.0) == 1.0 or (order := _RANKS.get(blend.method.name)) is None:
+    if blend.options.get("density", 1.0) == 1.0 or (order := RANKED.get(blend.method.name)) is None:
         return {}
     known = _known.setdefault(parents, _Geometry(parents))
     return {"ranks": [known.ranks(name, place, order) for place in range(len(parents.experts))]}

@@ -18,7 +18,7 @@ from search.merging.checkpoint import Checkpoint, dtype_name
 from search.merging.header import shown
 from search.merging.hub import resolve
 from search.merging.layout import empty_model, load_config, read_layout, same_layout
-from search.merging.tokenizers import compare_tokenizers, load_tokenizer
+from search.merging.tokenizers import compare_tokenizers, load_tokenizer, same_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -128,9 +128,11 @@ class Parents:
         )
         _compare_tensors(parents)
         tokenizer = load_tokenizer(base.folder)
+        named: dict[int, tuple[str, str]] = {}
         for label, one in parents.experts.items():
             own = parents.tokenizer() if label == first else load_tokenizer(one.folder)
             notes += compare_tokenizers(tokenizer, own, int(configs[label].vocab_size), label, shipped=first)
+            same_names(named, own, label)
         if parents.ignored:
             notes.append(f"{len(parents.ignored)} stored buffers are computed by transformers and left out")
         for label, one in opened.items():

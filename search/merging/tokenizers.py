@@ -98,6 +98,24 @@ def compare_tokenizers(pre: Any, post: Any, vocab_size: int, label: str, *, ship
     return notes
 
 
+def same_names(named: dict[int, tuple[str, str]], tokenizer: Any, label: str) -> None:
+    """Adds an expert's ids to those of the experts before it: id -> token, expert.
+
+    Raises:
+        IncompatibleModelsError: another expert calls an id by another name, as two fine-tunes may do with an id that
+            was free in `pre`.
+    """
+    for index, token in sorted(_by_id(tokenizer).items()):
+        known, owner = named.setdefault(index, (token, label))
+        if _PLACEHOLDER.search(known):
+            named[index] = token, label
+        elif known != token and not _PLACEHOLDER.search(token):
+            raise IncompatibleModelsError(
+                f"tokenizer: id {index} is '{shown(known)}' in {owner} but '{shown(token)}' in {label}. "
+                "Experts must give a free id the same token."
+            )
+
+
 def _by_id(tokenizer: Any) -> dict[int, str]:
     """id -> token over the whole vocabulary, added tokens included."""
     return {index: token for token, index in tokenizer.get_vocab().items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -22,6 +22,7 @@ def make_engine(
     sources: Sources,
     idle: Collection[str] = (),
     baselines: int = len(UNIFORM_LINE),
+    neutral: Mapping[str, float] | None = None,
 ) -> Engine:
     """The engine of a study file's `sampler` section.
 
@@ -32,6 +33,7 @@ def make_engine(
         sources: what the engine may look at beside the trials.
         idle: groups whose coefficients change nothing; they are left alone, unless all are.
         baselines: how many trials are scored before the first proposal.
+        neutral: coordinates that are none of a group, with their values on the uniform line.
 
     Raises:
         ConfigError: the sampler cannot work in this space.
@@ -39,7 +41,11 @@ def make_engine(
 
     def plain(names: tuple[str, ...], gradient: MakeGradient | None) -> Engine:
         return _plain(
-            config, names, bounds, sources if gradient is None else replace(sources, gradient=gradient)
+            config,
+            names,
+            bounds,
+            sources if gradient is None else replace(sources, gradient=gradient),
+            neutral or {},
         )
 
     def within(names: tuple[str, ...], gradient: MakeGradient | None) -> Engine:
@@ -70,7 +76,11 @@ def make_engine(
 
 
 def _plain(
-    config: SamplerConfig, names: tuple[str, ...], bounds: tuple[float, float], sources: Sources
+    config: SamplerConfig,
+    names: tuple[str, ...],
+    bounds: tuple[float, float],
+    sources: Sources,
+    neutral: Mapping[str, float],
 ) -> Engine:
     """The engine that moves every coordinate it is given."""
     maximize = tuple(metric.maximize for metric in sources.metrics)
@@ -91,7 +101,7 @@ def _plain(
         case "line":
             from search.samplers.line_engine import LineEngine
 
-            return LineEngine(names, bounds)
+            return LineEngine(names, bounds, neutral)
         case "optuna":
             from search.samplers.optuna_engine import OptunaEngine
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from search.samplers.engine import Engine, Proposal
 from search.space import UNIFORM_LINE
@@ -13,12 +13,15 @@ class LineEngine(Engine):
     """One coefficient for all groups, spread evenly between the bounds at any time (see `Engine`).
 
     The points are the van der Corput sequence in base 2 over the bounds, both of which come first, without those that
-    the baselines have.
+    the baselines have. Coordinates in `neutral` stay there.
     """
 
-    def __init__(self, groups: tuple[str, ...], bounds: tuple[float, float]) -> None:
+    def __init__(
+        self, groups: tuple[str, ...], bounds: tuple[float, float], neutral: Mapping[str, float]
+    ) -> None:
         self._groups = groups
         self._bounds = bounds
+        self._neutral = neutral
 
     def propose(self, history: Sequence[TrialRecord], draw: int) -> Proposal:
         """See `Engine.propose`."""
@@ -30,7 +33,7 @@ class LineEngine(Engine):
             coefficient = low + share * (high - low)
             if coefficient not in UNIFORM_LINE:
                 if wanted == 0:
-                    return Proposal(dict.fromkeys(self._groups, coefficient))
+                    return Proposal(dict.fromkeys(self._groups, coefficient) | dict(self._neutral))
                 wanted -= 1
             place += 1
 

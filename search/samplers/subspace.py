@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.samplers.engine import Engine, Proposal, WeightedGradient
-from search.space import places_of
+from search.space import BETWEEN, places_of, split_name
 from search.storage import TrialRecord
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Knots(Subspace):
     """`count` knots for each component, spread over depth; the layers between two of them are interpolated.
 
     mergekit does the same with a list of values in place of one. A component with fewer layers has one knot a layer.
-    Groups outside the layers share one coordinate, the last.
+    Groups outside the layers share one coordinate, with several experts one an expert; it comes last.
 
     Coordinates of a proposal are found in its tags, since interpolated coefficients do not give them back to the last
     bit. A trial without them is a baseline, or one that no such engine proposed: on the uniform line its knots are
@@ -117,8 +117,14 @@ class Knots(Subspace):
             knots = layers if len(layers) <= count else np.linspace(layers[0], layers[-1], count)
             self._lines.append((inside, depths, len(names), knots))
             names += [f"{component}.{knot}" for knot in range(len(knots))]
-        self._outside = [index for index, (_, component) in enumerate(places) if not component]
-        self.names = (*names, OUTSIDE) if self._outside else tuple(names)
+        # (indices of an expert's groups outside the layers, their coordinate)
+        self._outside: list[tuple[list[int], int]] = []
+        outside = [index for index, (_, component) in enumerate(places) if not component]
+        for expert in dict.fromkeys(split_name(groups[index])[0] for index in outside):
+            own = [index for index in outside if split_name(groups[index])[0] == expert]
+            self._outside.append((own, len(names)))
+            names.append(f"{expert}{BETWEEN}{OUTSIDE}" if expert else OUTSIDE)
+        self.names = tuple(names)
 
     def expand(self, coordinates: Floats) -> Floats:
         """See `Subspace.expand`."""
@@ -127,7 +133,8 @@ class Knots(Subspace):
             values = coordinates[first : first + len(knots)]
             # Rounding may lead an interpolated value past both its neighbours, and so out of bounds.
             coefficients[inside] = np.clip(np.interp(depths, knots, values), values.min(), values.max())
-        coefficients[self._outside] = coordinates[-1]
+        for own, place in self._outside:
+            coefficients[own] = coordinates[place]
         return coefficients
 
     def contract(self, trial: TrialRecord) -> Floats | None:

@@ -74,6 +74,13 @@ class Method:
     least: int = 1
     most: int = 1000
 
+    def fault(self, experts: int) -> str | None:
+        """What is wrong with so many experts; None if nothing is."""
+        if self.least <= experts <= self.most:
+            return None
+        wanted = "a single expert" if self.most == 1 else f"at least {self.least} experts"
+        return f"{self.name} merges {wanted}, found {experts}"
+
 
 METHODS = {
     method.name: method
