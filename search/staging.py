@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from search.errors import DiskError, ExportError
@@ -65,6 +66,21 @@ def staged_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def lone_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """`staged_folder` for one folder anywhere: holds the folder around it, and clears up after dead processes.
+
+    Raises:
+        ExportError, DiskError: as `locked_folder` and `staged_folder`.
+    """
+    with locked_folder(final.parent):
+        for stale in final.parent.glob(f".{escape(final.name)}.*{_PART}"):
+            shutil.rmtree(stale, ignore_errors=True)
+        _settle(final.with_name(f".{final.name}{_OLD}"), final)
+        with staged_folder(final, overwrite=overwrite) as staging:
+            yield staging
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -177,11 +193,14 @@ def _clear(out: Path) -> None:
     for path in out.glob(f".trial-*{_PART}"):
         shutil.rmtree(path, ignore_errors=True)
     for path in out.glob(f".trial-*{_OLD}"):
-        final = path.with_name(path.name.removeprefix(".").removesuffix(_OLD))
-        if final.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:  # the process died between the two renames of an overwrite
-            os.rename(path, final)
+        _settle(path, path.with_name(path.name.removeprefix(".").removesuffix(_OLD)))
+
+
+def _settle(old: Path, final: Path) -> None:
+    """Takes away what an overwrite set aside, or puts it back if the process died between its two renames."""
+    if old.exists() and not final.exists():
+        os.rename(old, final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

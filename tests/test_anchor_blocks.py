@@ -48,7 +48,7 @@ def test_blocks_compute_what_the_model_computes(arch: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_architecture_can_be_differentiated_twice(arch: str, tmp_path: Path) -> None:
-    (pair,) = opened(tmp_path, 1, arch=arch)
+    pair = opened(tmp_path, 1, arch=arch)
     blocks = Blocks(pair)
     pre, expert = blocks.weights(1, pair.pre), blocks.weights(1, pair.post)
     first = gauss((4, 3, blocks.width), 0.01, torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def test_every_architecture_can_be_differentiated_twice(arch: str, tmp_path: Pat
 
 
 def test_token_ids_must_fit(tmp_path: Path) -> None:
-    (pair,) = opened(tmp_path, 1)
+    pair = opened(tmp_path, 1)
     blocks = Blocks(pair)
     with pytest.raises(MergeError, match=r"from 0 to 96 .wanted 0 to 95"):
         blocks.embed(torch.tensor([[0, VOCAB]]), pair.pre)

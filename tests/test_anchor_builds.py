@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from search.anchors.blocks import Blocks
-from search.anchors.build import Progress, build, open_experts
+from search.anchors.build import Progress, build
 from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.starts import FromExperts, FromMerge, FromPre
 from search.anchors.store import Store
@@ -58,9 +58,9 @@ def save_experts(folder: Path, count: int = 2, arch: str = "llama", **overrides:
     return places
 
 
-def opened(folder: Path, count: int = 2, **overrides: Any) -> tuple[Parents, ...]:
-    pre, *experts = map(str, save_experts(folder, count, **overrides))
-    return open_experts(pre, experts)
+def opened(folder: Path, count: int = 2, **overrides: Any) -> Parents:
+    pre, *experts = save_experts(folder, count, **overrides)
+    return Parents.open(str(pre), {one.name: str(one) for one in experts})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -72,10 +72,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_neox"])
 def test_a_build_is_a_checkpoint_that_loads_whole(arch: str, tmp_path: Path) -> None:
-    family = opened(tmp_path, arch=arch)
+    parents = opened(tmp_path, arch=arch)
     told: list[Progress] = []
     built = build(
-        family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, watch=told.append
+        parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, watch=told.append
     )
     model, report = AutoModelForCausalLM.from_pretrained(built.folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -85,24 +85,22 @@ def test_a_build_is_a_checkpoint_that_loads_whole(arch: str, tmp_path: Path) -> 
     assert {progress.phase for progress in told} == {"construct", "adapt", "write"}
     assert all(best >= first for row in built.alignment for first, best in row)
     assert set(built.seconds) == {"construct", "adapt", "write"}
-    saved, blocks = Checkpoint.open(built.folder), Blocks(family[0])
+    saved, blocks = Checkpoint.open(built.folder), Blocks(parents)
     for name in blocks.outside:
-        mean = merge_linear(
-            [family[0].pre.tensor(name), *(p.post.tensor(name) for p in family)], [0, 0.5, 0.5]
-        )
+        mean = merge_linear([one.tensor(name) for one in parents.everybody], [0, 0.5, 0.5])
         assert torch.equal(saved.tensor(name), mean)
     for index in range(2):
         for name in blocks.names(index).values():
-            assert not torch.equal(saved.tensor(name), family[0].pre.tensor(name))
+            assert not torch.equal(saved.tensor(name), parents.pre.tensor(name))
 
 
 def test_anchors_bring_the_blocks_nearer_to_the_experts(tmp_path: Path) -> None:
-    family = opened(tmp_path, 1)
+    parents = opened(tmp_path, 1)
     options = replace(OPTIONS, n=16, steps=20)
     for start, rate in ((FromPre(), 1e-3), (FromExperts((0.3,)), 1e-2)):
         fitting = AdaptOptions(epochs=40, batch=16, rate=rate)
         built = build(
-            family,
+            parents,
             tmp_path / "out",
             tmp_path / "work",
             anchors=options,
@@ -114,10 +112,10 @@ def test_anchors_bring_the_blocks_nearer_to_the_experts(tmp_path: Path) -> None:
 
 
 def test_refinement_without_steps_is_the_merge_that_was_given(tmp_path: Path) -> None:
-    family = opened(tmp_path)
+    parents = opened(tmp_path)
     still = replace(ADAPT, epochs=0)
     one = build(
-        family,
+        parents,
         tmp_path / "one",
         tmp_path / "work",
         anchors=OPTIONS,
@@ -125,11 +123,11 @@ def test_refinement_without_steps_is_the_merge_that_was_given(tmp_path: Path) ->
         start=FromExperts((0.3, 0.5)),
     )
     merged = Checkpoint.open(one.folder)
-    for name in family[0].names:
-        tensors = [family[0].pre.tensor(name), *(pair.post.tensor(name) for pair in family)]
+    for name in parents.names:
+        tensors = [one.tensor(name) for one in parents.everybody]
         assert torch.equal(merged.tensor(name), merge_linear(tensors, [1 - 0.8, 0.3, 0.5]))
     two = build(
-        family,
+        parents,
         tmp_path / "two",
         tmp_path / "work",
         anchors=OPTIONS,
@@ -139,7 +137,7 @@ def test_refinement_without_steps_is_the_merge_that_was_given(tmp_path: Path) ->
     assert content(one.folder)["model.safetensors"] == content(two.folder)["model.safetensors"]
     assert (two.computed, two.reused) == (2, 4), "the anchors serve every start"
     moved = build(
-        family,
+        parents,
         tmp_path / "three",
         tmp_path / "work",
         anchors=OPTIONS,
@@ -154,23 +152,25 @@ def test_bfloat16_parents_are_merged_in_float32_and_rounded_once(tmp_path: Path)
         model = AutoModelForCausalLM.from_pretrained(place).to(torch.bfloat16)
         model.save_pretrained(tmp_path / place.name)
         pico_tokenizer().save_pretrained(tmp_path / place.name)
-    family = open_experts(str(tmp_path / "pre"), [str(tmp_path / f"expert{k}") for k in (1, 2)])
-    built = build(family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)
+    parents = Parents.open(
+        str(tmp_path / "pre"), {name: str(tmp_path / name) for name in ("expert1", "expert2")}
+    )
+    built = build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)
     wide = build(
-        family, tmp_path / "out32", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, dtype=torch.float32
+        parents, tmp_path / "out32", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, dtype=torch.float32
     )
     narrow, exact = Checkpoint.open(built.folder), Checkpoint.open(wide.folder)
-    assert all(torch.equal(narrow.tensor(name), exact.tensor(name).bfloat16()) for name in family[0].names)
+    assert all(torch.equal(narrow.tensor(name), exact.tensor(name).bfloat16()) for name in parents.names)
     assert wide.computed == 0
 
 
 def test_controls_take_the_same_way(tmp_path: Path) -> None:
-    family = opened(tmp_path)
+    parents = opened(tmp_path)
     draw = torch.Generator().manual_seed(0)
-    ids = [torch.randint(VOCAB, (4, 3), generator=draw) for _ in family]
+    ids = [torch.randint(VOCAB, (4, 3), generator=draw) for _ in parents.experts]
     unoptimised = replace(OPTIONS, steps=0)
     build(
-        family,
+        parents,
         tmp_path / "random",
         tmp_path / "work",
         anchors=replace(unoptimised, init="gauss"),
@@ -178,7 +178,7 @@ def test_controls_take_the_same_way(tmp_path: Path) -> None:
     )
     work = tmp_path / "data-work"
     build(
-        family,
+        parents,
         tmp_path / "data",
         work,
         anchors=replace(unoptimised, init="data"),
@@ -206,13 +206,13 @@ def torch_load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_sigma_is_tried_on_one_block_and_used_for_all(tmp_path: Path) -> None:
-    family = opened(tmp_path)
+    parents = opened(tmp_path)
     options = replace(OPTIONS, init="gauss", sigmas=(1e-5, 0.05, 50.0), sigma_steps=4)
-    built = build(family, tmp_path / "out", tmp_path / "work", anchors=options, adapt=ADAPT)
+    built = build(parents, tmp_path / "out", tmp_path / "work", anchors=options, adapt=ADAPT)
     assert built.sigma == 0.05
     assert built.computed == 3 + 6
     same = build(
-        family,
+        parents,
         tmp_path / "same",
         tmp_path / "work2",
         anchors=replace(options, sigma=0.05, sigmas=()),
@@ -224,7 +224,7 @@ def test_sigma_is_tried_on_one_block_and_used_for_all(tmp_path: Path) -> None:
 def test_an_expert_that_equals_pre_holds_the_blocks_there(tmp_path: Path) -> None:
     pre, expert = map(str, save_experts(tmp_path, 1))
     built = build(
-        open_experts(pre, [expert, pre]),
+        Parents.open(pre, {"moved": expert, "still": pre}, check_values=False),
         tmp_path / "out",
         tmp_path / "work",
         anchors=OPTIONS,
@@ -238,8 +238,8 @@ def test_an_expert_that_equals_pre_holds_the_blocks_there(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stop", [1, 4, 5])
 def test_a_killed_build_resumes_to_the_same_bytes(stop: int, tmp_path: Path) -> None:
-    family = opened(tmp_path)
-    whole = build(family, tmp_path / "whole", tmp_path / "whole-work", anchors=OPTIONS, adapt=ADAPT)
+    parents = opened(tmp_path)
+    whole = build(parents, tmp_path / "whole", tmp_path / "whole-work", anchors=OPTIONS, adapt=ADAPT)
 
     def strike(progress: Progress) -> None:
         if progress.done == stop and progress.step < progress.steps:  # within the next piece
@@ -248,13 +248,13 @@ def test_a_killed_build_resumes_to_the_same_bytes(stop: int, tmp_path: Path) -> 
     child = os.fork()
     if not child:
         with suppress(BaseException):
-            build(family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, watch=strike)
+            build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, watch=strike)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     (tmp_path / "work" / ".anchors-0.safetensors.1.part").write_bytes(b"half")
     (tmp_path / ".out.1.part").mkdir()
-    resumed = build(family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)
+    resumed = build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)
     assert (resumed.computed, resumed.reused) == (6 - stop, stop)
     assert content(resumed.folder) == content(whole.folder)
     assert content(tmp_path / "work") == content(tmp_path / "whole-work")
@@ -266,8 +266,8 @@ def test_a_torn_piece_is_computed_again(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("mergefront"), "propagate", True)
-    family = opened(tmp_path)
-    built = build(family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)
+    parents = opened(tmp_path)
+    built = build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)
     before = content(tmp_path / "work")
     victim, other, *_ = sorted((tmp_path / "work").glob("anchors-*"))
     whole = victim.read_bytes()
@@ -280,7 +280,7 @@ def test_a_torn_piece_is_computed_again(
     victim.write_bytes(bad)
     with caplog.at_level("WARNING", "mergefront"):
         again = build(
-            family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, overwrite=True
+            parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, overwrite=True
         )
     assert (again.computed, again.reused) == (1, 5)
     assert content(tmp_path / "work") == before
@@ -291,19 +291,19 @@ def test_a_torn_piece_is_computed_again(
     assert "\n" not in line
 
 
-def test_names_say_what_a_piece_depends_on(tmp_path: Path) -> None:
-    family = opened(tmp_path)
-    work = tmp_path / "work"
-    build(family, tmp_path / "out", work, anchors=OPTIONS, adapt=ADAPT)
+def test_file_names_say_what_a_piece_depends_on(tmp_path: Path) -> None:
+    parents = opened(tmp_path)
+    out, work = tmp_path / "same", tmp_path / "work"
+    build(parents, tmp_path / "out", work, anchors=OPTIONS, adapt=ADAPT)
     for changed in (
         replace(OPTIONS, seed=1),
         replace(OPTIONS, steps=4),
         replace(OPTIONS, distance="squared"),
     ):
-        other = build(family, tmp_path / "out", work, anchors=changed, adapt=ADAPT, overwrite=True)
+        other = build(parents, tmp_path / "out", work, anchors=changed, adapt=ADAPT, overwrite=True)
         assert other.reused == 0
     same = build(
-        family,
+        parents,
         tmp_path / "out",
         work,
         anchors=replace(OPTIONS, sigma=5.0),
@@ -311,35 +311,41 @@ def test_names_say_what_a_piece_depends_on(tmp_path: Path) -> None:
         overwrite=True,
     )
     assert (same.computed, same.reused) == (2, 4), "sigma has no part in rows of matrices"
-    reverse = build(family[::-1], tmp_path / "out", work, anchors=OPTIONS, adapt=ADAPT, overwrite=True)
+    pre, one, two = (str(checkpoint.folder) for checkpoint in parents.everybody)
+    turned = Parents.open(pre, {"two": two, "one": one})
+    reverse = build(turned, tmp_path / "out", work, anchors=OPTIONS, adapt=ADAPT, overwrite=True)
     assert (reverse.computed, reverse.reused) == (2, 4), "an expert's anchors do not depend on its place"
+    renamed = Parents.open(pre, {"two": one, "one": two})
+    called = build(renamed, tmp_path / "named", work, anchors=OPTIONS, adapt=ADAPT)
+    assert (called.computed, called.reused) == (0, 6), "nor does anything on names"
+    assert content(called.folder) == content(build(parents, out, work, anchors=OPTIONS, adapt=ADAPT).folder)
 
 
 def test_a_watcher_that_raises_leaves_finished_pieces_and_no_checkpoint(tmp_path: Path) -> None:
-    family = opened(tmp_path)
+    parents = opened(tmp_path)
 
     def stop(progress: Progress) -> None:
         if progress.done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, watch=stop)
+        build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT, watch=stop)
     assert not (tmp_path / "out").exists()
-    assert build(family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT).reused == 3
+    assert build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT).reused == 3
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
-    family = opened(tmp_path)
+    parents = opened(tmp_path)
     out, work = tmp_path / "out", tmp_path / "work"
     ids = torch.zeros(4, 3, dtype=torch.int64)
     data = replace(OPTIONS, init="data")
 
     def refused(kind: type[Exception], message: str, *where: Path, **named: Any) -> None:
         with pytest.raises(kind, match=message) as caught:
-            build(family, *(where or (out, work)), **{"anchors": OPTIONS, "adapt": ADAPT, **named})
+            build(parents, *(where or (out, work)), **{"anchors": OPTIONS, "adapt": ADAPT, **named})
         assert "\n" not in str(caught.value)
         assert not out.exists()
 
@@ -347,7 +353,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     refused(ConfigError, "weight with token ids", data=[ids, ids])
     refused(ConfigError, "data with no token ids", anchors=data)
     refused(ConfigError, "token ids for 1 experts .wanted 2", anchors=data, data=[ids])
-    refused(ConfigError, r"expert 1: shape \(4, 2\) .wanted \(4, 3\)", anchors=data, data=[ids, ids[:, :2]])
+    refused(ConfigError, r"expert2: shape \(4, 2\) .wanted \(4, 3\)", anchors=data, data=[ids, ids[:, :2]])
     refused(ConfigError, "holds .*work, which the build needs", tmp_path, work)
     refused(ConfigError, "holds .*pre, which the build needs", tmp_path / "pre", work)
     refused(ConfigError, "holds .*inner, which the build needs", out, out / "inner")
@@ -359,32 +365,32 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     refused(MergeError, "block 0: adapt: the loss went from", adapt=replace(ADAPT, rate=1e30))
     refused(
         MergeError,
-        "block 0, expert 0: anchors: the alignment is not a number",
+        "block 0, expert1: anchors: the alignment is not a number",
         anchors=replace(OPTIONS, rate=1e30),
     )
-    with pytest.raises(ConfigError, match="none given"):
-        open_experts("anything", [])
 
 
 def test_a_merge_of_other_models_is_not_refined(tmp_path: Path) -> None:
-    family = opened(tmp_path)
+    parents = opened(tmp_path)
     wider = Checkpoint.open(save_experts(tmp_path / "wider", 0, intermediate_size=72)[0])
     with pytest.raises(IncompatibleModelsError, match="Give a merge of the same models"):
-        build(family, tmp_path / "out", tmp_path / "work", start=FromMerge(wider))
+        build(parents, tmp_path / "out", tmp_path / "work", start=FromMerge(wider))
     model = pico_model("llama", 0)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(CheckpointError, match="NaN"):
-        build(family, tmp_path / "out", tmp_path / "work", start=FromMerge(Checkpoint.open(tmp_path / "nan")))
+        build(
+            parents, tmp_path / "out", tmp_path / "work", start=FromMerge(Checkpoint.open(tmp_path / "nan"))
+        )
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = opened(tmp_path)
+    parents = opened(tmp_path)
 
     def full(self: Store, *arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("search.anchors.store.write_whole", full)
     with pytest.raises(DiskError, match="no space left"):
-        build(family, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)
+        build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)

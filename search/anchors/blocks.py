@@ -45,7 +45,7 @@ class Blocks:
     """All decoder layers of one architecture.
 
     Args:
-        parents: any pair of the family; its config and names are used, none of its weights.
+        parents: their config and names are used, none of their weights.
 
     Raises:
         MergeError: the model has no list of decoder layers, or they hold more than parameters.

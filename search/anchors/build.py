@@ -7,12 +7,10 @@ it stood and ends with the same bytes (on the same machine, with the same number
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +22,11 @@ from search.anchors.starts import FromPre, Start
 from search.anchors.store import Store
 from search.errors import ConfigError, ExportError, MergeError
 from search.merging.checkpoint import dtype_name
+from search.merging.header import shown
 from search.merging.parents import Parents
 from search.merging.save import check_saved, size_of
 from search.merging.writing import save_tensors
-from search.staging import check_space, locked_folder, staged_folder
+from search.staging import check_space, lone_folder
 
 Phase = Literal["sigma", "construct", "adapt", "write"]
 
@@ -38,7 +37,7 @@ class Progress:
 
     Attributes:
         phase: what is being done.
-        block, expert: to which; None where it concerns all.
+        block, expert: to which, a place and a name; None where it concerns all.
         step, steps: within the piece.
         done, of: pieces.
         value: alignment (sigma, construct; higher is better) or loss (adapt; lower is better), as far as known.
@@ -47,7 +46,7 @@ class Progress:
 
     phase: Phase
     block: int | None
-    expert: int | None
+    expert: str | None
     step: int
     steps: int
     done: int
@@ -78,19 +77,8 @@ class Built:
     seconds: dict[str, float]
 
 
-def open_experts(pre: str, experts: Sequence[str], *, check_values: bool = True) -> tuple[Parents, ...]:
-    """`pre` with each expert, opened and compared as any parents are. The order matters only to the last bit.
-
-    Raises:
-        ConfigError: no expert. CheckpointError, IncompatibleModelsError: as `Parents.open`.
-    """
-    if not experts:
-        raise ConfigError("experts: none given (wanted at least one post-trained checkpoint).")
-    return tuple(Parents.pair(pre, expert, check_values=check_values) for expert in experts)
-
-
 def build(
-    family: Sequence[Parents],
+    parents: Parents,
     out: Path,
     work: Path,
     *,
@@ -102,22 +90,25 @@ def build(
     device: str = "cpu",
     overwrite: bool = False,
     watch: Callable[[Progress], None] | None = None,
+    seal: Callable[[Path], None] | None = None,
 ) -> Built:
-    """Writes the merge of `family` as a checkpoint folder that transformers loads; whole or absent.
+    """Writes the merge of all experts as a checkpoint folder that transformers loads; whole or absent.
 
     Two controls take the same way: `AnchorOptions(steps=0)` adapts to anchors that were not optimised, and with
     `init="data"` to real hidden states.
 
     Args:
-        family: from `open_experts`. Config, tokenizer and generation config come from the first expert.
+        parents: config, tokenizer and generation config come from the first expert. The order of the experts matters
+            to the last bit only, their names not at all.
         out: the checkpoint's folder.
         work: the folder of finished pieces; delete it when it is no longer needed.
         start: default `FromPre()`.
-        data: for `init="data"`, token ids `(n, tokens)` int64 for each expert.
+        data: for `init="data"`, token ids `(n, tokens)` int64 for each expert, in order.
         dtype: of the stored tensors; default that of `pre`'s first tensor. Everything before is float32.
         device: where blocks are computed.
         overwrite: replace `out` if it is a checkpoint.
         watch: what it raises ends the build; finished pieces stay.
+        seal: called with the written folder before it appears at `out`, to add a file.
 
     Raises:
         ConfigError: options, data, coefficients or folders that do not fit. MergeError: a number is not finite.
@@ -125,21 +116,20 @@ def build(
     """
     options, fitting = anchors or AnchorOptions(), adapt or AdaptOptions()
     beginning = start or FromPre()
-    beginning.check(family)
-    _check_places(family, out, work, overwrite)
-    kind = dtype or family[0].pre.dtype(family[0].names[0])
-    pieces = Pieces(family, Store(work), options, fitting, beginning, data, device)
+    beginning.check(parents)
+    _check_places(parents, out, work, overwrite)
+    kind = dtype or parents.pre.dtype(parents.names[0])
+    pieces = Pieces(parents, Store(work), options, fitting, beginning, data, device)
     check_space(work, pieces.bytes)
-    check_space(out, size_of(family[0], kind))
+    check_space(out, size_of(parents, kind))
     builder = _Builder(pieces, watch)
     with pieces.store.writing():
         sigma = builder.settle_sigma()
         alignment, losses = builder.blocks()
-        with locked_folder(out.parent):
-            for stale in out.parent.glob(f".{escape(out.name)}.*.part"):  # of a killed process
-                shutil.rmtree(stale, ignore_errors=True)
-            with staged_folder(out, overwrite=overwrite) as staging:
-                builder.write(staging, beginning, kind)
+        with lone_folder(out, overwrite=overwrite) as staging:
+            builder.write(staging, beginning, kind)
+            if seal is not None:
+                seal(staging)
     return Built(
         out,
         sigma if options.init == "gauss" else None,
@@ -157,7 +147,7 @@ class _Builder:
     def __init__(self, pieces: Pieces, watch: Callable[[Progress], None] | None) -> None:
         self._pieces, self._watch = pieces, watch
         self._done = 0
-        blocks, experts = len(pieces.blocks), len(pieces.family)
+        blocks, experts = len(pieces.blocks), len(pieces.parents.experts)
         self._of = len(pieces.options.sigmas) + blocks * (experts + 1) + 1
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -181,7 +171,7 @@ class _Builder:
         """Constructs and adapts every block; alignments and losses as in `Built`."""
         alignment, losses = [], []
         for index in range(len(self._pieces.blocks)):
-            found = [self._constructed(index, expert) for expert in range(len(self._pieces.family))]
+            found = [self._constructed(index, expert) for expert in range(len(self._pieces.parents.experts))]
             alignment.append(tuple((piece.before, piece.value) for piece in found))
             fitted = self._adapted(index)
             losses.append((fitted.before, fitted.value))
@@ -189,7 +179,7 @@ class _Builder:
 
     def write(self, folder: Path, start: Start, dtype: torch.dtype) -> None:
         """The checkpoint, with one block in memory at a time; headers are read back."""
-        began, first = time.monotonic(), self._pieces.family[0]
+        began, parents = time.monotonic(), self._pieces.parents
         owner = {
             stored: (index, name)
             for index in range(len(self._pieces.blocks))
@@ -205,15 +195,15 @@ class _Builder:
                     held[index] = self._pieces.adapted(index, None)
                 found = held[index].tensors[name].to(dtype)
             else:
-                found = start.outside(stored, self._pieces.family, dtype)
+                found = start.outside(stored, parents, dtype)
             if not bool(found.isfinite().all()):
                 raise MergeError(
                     f"{stored}: a merged value is not finite in {dtype_name(dtype)}. Use another dtype."
                 )
             return found.contiguous()
 
-        save_tensors(first.post, first.names, tensor, dtype, folder)
-        check_saved(folder, first, dtype)
+        save_tensors(parents.post, parents.names, tensor, dtype, folder)
+        check_saved(folder, parents, dtype)
         self._done += 1
         self.seconds["write"] += time.monotonic() - began
         self._tell(Progress("write", None, None, 1, 1, self._done, self._of))
@@ -241,22 +231,23 @@ class _Builder:
         make: Callable[[Callable[[int, float], None]], Piece],
     ) -> Piece:
         began = time.monotonic()
+        whose = None if expert is None else list(self._pieces.parents.experts)[expert]
 
         def tell(step: int, value: float) -> None:
             if step % 25 == 0:
-                self._tell(Progress(phase, block, expert, step, steps, self._done, self._of, value))
+                self._tell(Progress(phase, block, whose, step, steps, self._done, self._of, value))
 
         try:
             piece = make(tell)
         except MergeError as error:
             raise MergeError(
-                f"block {block}{'' if expert is None else f', expert {expert}'}: {error}"
+                f"block {block}{'' if whose is None else f', {shown(whose)}'}: {error}"
             ) from error
         self._done += 1
         self.counts["reused" if piece.reused else "computed"] += 1
         self.seconds[phase] += time.monotonic() - began
         value = None if math.isnan(piece.value) else piece.value
-        self._tell(Progress(phase, block, expert, steps, steps, self._done, self._of, value, piece.reused))
+        self._tell(Progress(phase, block, whose, steps, steps, self._done, self._of, value, piece.reused))
         return piece
 
     def _tell(self, progress: Progress) -> None:
@@ -264,10 +255,10 @@ class _Builder:
             self._watch(progress)
 
 
-def _check_places(family: Sequence[Parents], out: Path, work: Path, overwrite: bool) -> None:
+def _check_places(parents: Parents, out: Path, work: Path, overwrite: bool) -> None:
     """What would only come to light hours later, when the checkpoint is written."""
     place = out.resolve()
-    for folder in (work.resolve(), *(one.folder for pair in family for one in (pair.pre, pair.post))):
+    for folder in (work.resolve(), *(one.folder for one in parents.everybody)):
         if folder.is_relative_to(place):
             raise ConfigError(f"{out}: holds {folder}, which the build needs. Give another folder.")
     if work.resolve() == place.parent:  # both are locked, and a process would wait for itself

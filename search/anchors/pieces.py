@@ -18,6 +18,7 @@ from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.starts import Start
 from search.anchors.store import Store, digest_of, tensor_digest
 from search.errors import ConfigError, MergeError
+from search.merging.header import shown
 from search.merging.parents import Parents
 
 Tell = Callable[[int, float], None]
@@ -43,7 +44,7 @@ class Pieces:
     """Computes pieces, or finds them in the store.
 
     Args:
-        family: pre with each expert. data: see `build`.
+        data: see `build`.
 
     Raises:
         ConfigError: the data do not fit the options. MergeError: the architecture has no blocks.
@@ -51,7 +52,7 @@ class Pieces:
 
     def __init__(
         self,
-        family: Sequence[Parents],
+        parents: Parents,
         store: Store,
         options: AnchorOptions,
         adapt: AdaptOptions,
@@ -59,20 +60,20 @@ class Pieces:
         data: Sequence[torch.Tensor] | None,
         device: str,
     ) -> None:
-        _check_data(options, data, len(family))
-        self.family, self.store = family, store
+        _check_data(options, data, tuple(parents.experts))
+        self.parents, self.store = parents, store
         self.options, self.adapt, self._start = options, adapt, start
-        self.blocks = Blocks(family[0])
+        self.blocks = Blocks(parents)
         self._data = tuple(data or ())
         self._device = device
-        self._pre = family[0].pre
+        self._pre, self._posts = parents.pre, tuple(parents.experts.values())
         self._hidden: dict[int, tuple[int, torch.Tensor]] = {}  # expert -> block, hidden states that enter it
 
     @property
     def bytes(self) -> int:
         """About how much the store grows at most."""
-        anchors = 2 * self.options.n * self.options.tokens * self.blocks.width * len(self.family)
-        inside = set(self.family[0].names) - set(self.blocks.outside)
+        anchors = 2 * self.options.n * self.options.tokens * self.blocks.width * len(self._posts)
+        inside = set(self.parents.names) - set(self.blocks.outside)
         weights = sum(math.prod(self._pre.shape(name)) for name in inside)
         return 4 * ((anchors + 2**12) * len(self.blocks) + weights)
 
@@ -117,7 +118,7 @@ class Pieces:
         """
         facts = {
             "anchors": [
-                digest_of(self._anchor_facts(index, k, self.options)) for k in range(len(self.family))
+                digest_of(self._anchor_facts(index, k, self.options)) for k in range(len(self._posts))
             ],
             "options": dataclasses.asdict(self.adapt),
             "start": self._start.facts(),
@@ -126,7 +127,7 @@ class Pieces:
         if found is not None:
             return _block_piece(found, reused=True)
         pairs = []
-        for expert in range(len(self.family)):
+        for expert in range(len(self._posts)):
             piece = self.anchors(index, expert, None).tensors
             pairs.append((piece["anchors"].to(self._device), piece["targets"].to(self._device)))
         begun = self._start.block(self.blocks, index, self._weights(index), lambda: self._experts(index))
@@ -145,7 +146,7 @@ class Pieces:
             del chosen[name]  # it has no part in the anchors
         return {
             "pre": self._pre.sha256(),
-            "expert": self.family[expert].post.sha256(),
+            "expert": self._posts[expert].sha256(),
             "block": index,
             "options": chosen,
             "data": tensor_digest(self._data[expert]) if options.init == "data" else None,
@@ -156,7 +157,7 @@ class Pieces:
             return self._states(index, expert)
         shape = (options.n, options.tokens, self.blocks.width)
         # From the expert's content, not its place: anchors stay valid when another expert joins. Not from sigma either.
-        source = {"seed": options.seed, "expert": self.family[expert].post.sha256(), "block": index}
+        source = {"seed": options.seed, "expert": self._posts[expert].sha256(), "block": index}
         draw = torch.Generator().manual_seed(int(digest_of(source)[:15], 16))
         rows = (
             weight_rows(weights, shape, draw)
@@ -177,10 +178,10 @@ class Pieces:
         return hidden
 
     def _experts(self, index: int) -> list[Weights]:
-        return [self._weights(index, expert) for expert in range(len(self.family))]
+        return [self._weights(index, expert) for expert in range(len(self._posts))]
 
     def _weights(self, index: int, expert: int | None = None) -> dict[str, torch.Tensor]:
-        one = self._pre if expert is None else self.family[expert].post
+        one = self._pre if expert is None else self._posts[expert]
         return self.blocks.weights(index, one, self._device)
 
 
@@ -196,17 +197,17 @@ def _block_piece(tensors: dict[str, torch.Tensor], *, reused: bool) -> Piece:
     return Piece(tensors, before, after, reused)
 
 
-def _check_data(options: AnchorOptions, data: Sequence[torch.Tensor] | None, experts: int) -> None:
+def _check_data(options: AnchorOptions, data: Sequence[torch.Tensor] | None, experts: Sequence[str]) -> None:
     if (options.init == "data") != (data is not None):
         found = "no token ids" if data is None else "token ids"
         raise ConfigError(
             f"anchors.init: {options.init} with {found}. Give token ids with init data, and only then."
         )
-    if data is not None and len(data) != experts:
-        raise ConfigError(f"anchors: token ids for {len(data)} experts (wanted {experts}).")
-    for expert, ids in enumerate(data or ()):
+    if data is not None and len(data) != len(experts):
+        raise ConfigError(f"anchors: token ids for {len(data)} experts (wanted {len(experts)}).")
+    for expert, ids in zip(experts, data or (), strict=data is not None):
         if tuple(ids.shape) != (options.n, options.tokens):
             raise ConfigError(
-                f"anchors: token ids of expert {expert}: shape {tuple(ids.shape)} (wanted "
+                f"anchors: token ids of {shown(expert)}: shape {tuple(ids.shape)} (wanted "
                 f"{(options.n, options.tokens)}, from anchors.n and anchors.tokens)."
             )

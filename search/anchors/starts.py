@@ -39,7 +39,7 @@ class Begun:
 class Start(Protocol):
     """The merge that is adapted."""
 
-    def check(self, family: Sequence[Parents]) -> None:
+    def check(self, parents: Parents) -> None:
         """Raises MergefrontError unless it fits these experts."""
 
     def facts(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Start(Protocol):
     def block(self, blocks: Blocks, index: int, pre: Weights, experts: Callable[[], list[Weights]]) -> Begun:
         """The start of one block. `experts` reads their weights, float32."""
 
-    def outside(self, name: str, family: Sequence[Parents], dtype: torch.dtype) -> torch.Tensor:
+    def outside(self, name: str, parents: Parents, dtype: torch.dtype) -> torch.Tensor:
         """A stored tensor outside the blocks, rounded once to `dtype`."""
 
 
@@ -56,7 +56,7 @@ class Start(Protocol):
 class FromPre:
     """Eq. 5: the blocks' tensors are fitted, from those of `pre`; outside them the uniform mean of the experts."""
 
-    def check(self, family: Sequence[Parents]) -> None:
+    def check(self, parents: Parents) -> None:
         """Fits any."""
 
     def facts(self) -> dict[str, Any]:
@@ -65,8 +65,8 @@ class FromPre:
     def block(self, blocks: Blocks, index: int, pre: Weights, experts: Callable[[], list[Weights]]) -> Begun:
         return Begun(pre, None)
 
-    def outside(self, name: str, family: Sequence[Parents], dtype: torch.dtype) -> torch.Tensor:
-        return _linear(name, family, [1 / len(family)] * len(family), dtype)
+    def outside(self, name: str, parents: Parents, dtype: torch.dtype) -> torch.Tensor:
+        return _linear(name, parents, [1 / len(parents.experts)] * len(parents.experts), dtype)
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,12 @@ class FromExperts:
 
     coefficients: tuple[float, ...]
 
-    def check(self, family: Sequence[Parents]) -> None:
+    def check(self, parents: Parents) -> None:
         """Raises ConfigError unless there is a finite coefficient for each expert."""
-        if len(self.coefficients) != len(family) or not all(map(math.isfinite, self.coefficients)):
+        if len(self.coefficients) != len(parents.experts) or not all(map(math.isfinite, self.coefficients)):
             raise ConfigError(
-                f"start: coefficients {list(self.coefficients)} for {len(family)} experts. Give a finite one for each."
+                f"start: coefficients {list(self.coefficients)} for {len(parents.experts)} experts. "
+                "Give a finite one for each."
             )
 
     def facts(self) -> dict[str, Any]:
@@ -95,8 +96,8 @@ class FromExperts:
         weights = {name: merge_linear([pre[name], *(one[name] for one in others)], factors) for name in pre}
         return Begun(weights, tuple(_task_vector(pre, one) for one in others))
 
-    def outside(self, name: str, family: Sequence[Parents], dtype: torch.dtype) -> torch.Tensor:
-        return _linear(name, family, self.coefficients, dtype)
+    def outside(self, name: str, parents: Parents, dtype: torch.dtype) -> torch.Tensor:
+        return _linear(name, parents, self.coefficients, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +110,17 @@ class FromMerge:
 
     merge: Checkpoint
 
-    def check(self, family: Sequence[Parents]) -> None:
+    def check(self, parents: Parents) -> None:
         """Raises IncompatibleModelsError if a tensor is missing or has another shape, CheckpointError if one is NaN."""
-        for name in family[0].names:
-            wanted = family[0].pre.shape(name)
+        for name in parents.names:
+            wanted = parents.pre.shape(name)
             found = self.merge.shape(name) if name in self.merge.names else None
             if found != wanted:
                 raise IncompatibleModelsError(
                     f"{self.merge.folder}: tensor {shown(name)}: {found or 'missing'} but {wanted} in pre. "
                     "Give a merge of the same models."
                 )
-        self.merge.check_finite(family[0].names)
+        self.merge.check_finite(parents.names)
 
     def facts(self) -> dict[str, Any]:
         return {"from": "merge", "sha256": self.merge.sha256()}
@@ -129,14 +130,12 @@ class FromMerge:
         weights = blocks.weights(index, self.merge, str(device))
         return Begun(weights, (_task_vector(pre, weights),))
 
-    def outside(self, name: str, family: Sequence[Parents], dtype: torch.dtype) -> torch.Tensor:
+    def outside(self, name: str, parents: Parents, dtype: torch.dtype) -> torch.Tensor:
         return self.merge.tensor(name).to(dtype, copy=True)
 
 
-def _linear(
-    name: str, family: Sequence[Parents], coefficients: Sequence[float], dtype: torch.dtype
-) -> torch.Tensor:
-    tensors = [family[0].pre.tensor(name), *(parents.post.tensor(name) for parents in family)]
+def _linear(name: str, parents: Parents, coefficients: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    tensors = [one.tensor(name) for one in parents.everybody]
     return merge_linear(tensors, _with_pre(coefficients), dtype)
 
 
