@@ -1,4 +1,7 @@
-"""The command line: parse, call, print, translate errors. stdout carries results only; all else goes to stderr."""
+"""The command line: parse, call, print, translate errors. stdout carries results only; all else goes to stderr.
+
+The commands on studies are here, those on single models in `search.model_commands`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from typing import Annotated
 import typer
 
 from search import __version__
-from search.errors import ConfigError, MergefrontError
+from search.errors import MergefrontError
 from search.interrupt import Interrupted, interruptible
+from search.model_commands import models
 from search.naming import open_study, storage_url, study_name
 from search.options import (
+    GIVEN,
     AsWorker,
     Device,
     Format,
@@ -64,11 +69,8 @@ def _options(
 ) -> None:
     from search.console import start_logging
 
-    _OPTIONS.update(quiet=quiet, debug=debug)
+    GIVEN.update(quiet=quiet, debug=debug)
     start_logging(verbose or debug, quiet, log_file)
-
-
-_OPTIONS = {"quiet": False, "debug": False}
 
 
 @app.command()
@@ -117,7 +119,7 @@ def launch(
         store, materials = create(config, url, device, fresh=fresh, grace=grace)
         # A budget that was extended before is not taken back by launching the same file again.
         set_budget(store, trials if trials is not None else max(config.trials, set_budget(store, None)))
-        run_study(store, materials, workers, device, profile=profile, quiet=_OPTIONS["quiet"])
+        run_study(store, materials, workers, device, profile=profile, quiet=GIVEN["quiet"])
 
 
 @app.command()
@@ -156,7 +158,7 @@ def resume(
             overrides,
             as_worker=as_worker,
             profile=profile,
-            quiet=_OPTIONS["quiet"],
+            quiet=GIVEN["quiet"],
         )
 
 
@@ -193,110 +195,6 @@ def front(
         print(board.to_csv(), end="")
     else:
         print(front_table(board, None if split is None else split.value))
-
-
-@app.command()
-def export(
-    name: Name,
-    out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder that gets one folder a trial.")
-    ],
-    storage: Storage = None,
-    select: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SEL",
-            help="knee, best-accuracy, best-calibration, trial:N, or prefer:accuracy=0.7,ece=0.3  [default: knee]",
-        ),
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every trial of the front.")] = False,
-    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Also write checkpoints.")] = False,
-    overrides: Set = [],  # noqa: B006
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace earlier exports of these trials.", rich_help_panel="Dangerous"
-        ),
-    ] = False,
-) -> None:
-    """Merge configs that mergekit rebuilds bit for bit; with --weights, checkpoints too."""
-    from search.board import read_board
-    from search.export import export_rows
-    from search.picks import pick
-
-    if select is not None and everything:
-        raise ConfigError("--select and --all: give one of them.")
-    with interruptible():
-        store = open_study(name, storage)
-        board = read_board(store)
-        rows = list(board.front) if everything else [pick(board, select or "knee")]
-        for folder in export_rows(
-            store, board, rows, out, weights=weights, overwrite=overwrite, overrides=overrides
-        ):
-            print(folder)
-
-
-@app.command()
-def verify(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="An export folder of one trial, or of several.")
-    ],
-    storage: Storage = None,
-    overrides: Set = [],  # noqa: B006
-    device: Device = "auto",
-) -> None:
-    """Re-reads an export, checks its manifest, and re-scores its checkpoint against the stored numbers."""
-    from search.verify import verify_folder
-
-    with interruptible():
-        for line in verify_folder(folder, storage, overrides, device):
-            print(line)
-
-
-@app.command()
-def calibrate(
-    target: Annotated[
-        str, typer.Argument(metavar="NAME|DIR", help="A study, an export with a checkpoint, or a checkpoint.")
-    ],
-    method: Annotated[
-        list[str],
-        typer.Option(help="temperature, naive, daca, dual-align, cape (studies only), or all; repeatable."),
-    ] = ["daca"],  # noqa: B006
-    select: Annotated[
-        list[str],
-        typer.Option(
-            metavar="SEL", help="Of a study: pre, post, or as for export; repeatable.  [default: post, knee]"
-        ),
-    ] = [],  # noqa: B006
-    reference: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The pre-trained model, for a checkpoint of no study.")
-    ] = None,
-    study: Annotated[
-        Path | None,
-        typer.Option(metavar="STUDY.yaml", help="Whose questions to fit on, for a checkpoint of no study."),
-    ] = None,
-    storage: Storage = None,
-    overrides: Set = [],  # noqa: B006
-    device: Device = "auto",
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table of a study in Markdown.")
-    ] = False,
-) -> None:
-    """Fits confidence temperatures: on a study's board as alternatives, or into a model's generation_config.json."""
-    from search.calibrate import calibrate_board, calibrate_model
-
-    folder = Path(target)
-    with interruptible():
-        if (folder / "config.json").is_file() or (folder / "manifest.json").is_file():
-            fitted = calibrate_model(folder, method, reference, study, storage, overrides, device)
-            print(
-                f"{folder}  temperature {fitted.temperature:.4g}  ({fitted.method}, {fitted.questions} questions)"
-            )
-            return
-        name = study_name(target)
-        table = calibrate_board(storage_url(storage, name), name, method, select, overrides, device)
-    print(table.markdown() if markdown else table.text())
-    print(f"\n{table.caption}")
 
 
 @app.command()
@@ -361,6 +259,9 @@ def compare(
         print(table)
 
 
+app.add_typer(models)
+
+
 def main() -> None:
     """Entry point of the `mergefront` command."""
     try:
@@ -382,7 +283,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    if _OPTIONS["debug"]:
+    if GIVEN["debug"]:
         import traceback
 
         traceback.print_exc()

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+# What was given before the command: it holds for all of them.
+GIVEN = {"quiet": False, "debug": False}
+
 ADVANCED = "Advanced"
 Study = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name, or its study file.")]

@@ -1,0 +1,119 @@
+"""The commands on single models: those that write a checkpoint, prove one, or repair its confidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.errors import ConfigError
+from search.interrupt import interruptible
+from search.naming import open_study, storage_url, study_name
+from search.options import Device, Name, Set, Storage
+
+models = typer.Typer()
+
+
+@models.command()
+def export(
+    name: Name,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder that gets one folder a trial.")
+    ],
+    storage: Storage = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEL",
+            help="knee, best-accuracy, best-calibration, trial:N, or prefer:accuracy=0.7,ece=0.3  [default: knee]",
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every trial of the front.")] = False,
+    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Also write checkpoints.")] = False,
+    overrides: Set = [],  # noqa: B006
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace earlier exports of these trials.", rich_help_panel="Dangerous"
+        ),
+    ] = False,
+) -> None:
+    """Merge configs that mergekit rebuilds bit for bit; with --weights, checkpoints too."""
+    from search.board import read_board
+    from search.export import export_rows
+    from search.picks import pick
+
+    if select is not None and everything:
+        raise ConfigError("--select and --all: give one of them.")
+    with interruptible():
+        store = open_study(name, storage)
+        board = read_board(store)
+        rows = list(board.front) if everything else [pick(board, select or "knee")]
+        for folder in export_rows(
+            store, board, rows, out, weights=weights, overwrite=overwrite, overrides=overrides
+        ):
+            print(folder)
+
+
+@models.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An export folder of one trial, or of several.")
+    ],
+    storage: Storage = None,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Re-reads an export, checks its manifest, and re-scores its checkpoint against the stored numbers."""
+    from search.verify import verify_folder
+
+    with interruptible():
+        for line in verify_folder(folder, storage, overrides, device):
+            print(line)
+
+
+@models.command()
+def calibrate(
+    target: Annotated[
+        str, typer.Argument(metavar="NAME|DIR", help="A study, an export with a checkpoint, or a checkpoint.")
+    ],
+    method: Annotated[
+        list[str],
+        typer.Option(help="temperature, naive, daca, dual-align, cape (studies only), or all; repeatable."),
+    ] = ["daca"],  # noqa: B006
+    select: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SEL", help="Of a study: pre, post, or as for export; repeatable.  [default: post, knee]"
+        ),
+    ] = [],  # noqa: B006
+    reference: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The pre-trained model, for a checkpoint of no study.")
+    ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(metavar="STUDY.yaml", help="Whose questions to fit on, for a checkpoint of no study."),
+    ] = None,
+    storage: Storage = None,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of a study in Markdown.")
+    ] = False,
+) -> None:
+    """Fits confidence temperatures: on a study's board as alternatives, or into a model's generation_config.json."""
+    from search.calibrate import calibrate_board, calibrate_model
+
+    folder = Path(target)
+    with interruptible():
+        if (folder / "config.json").is_file() or (folder / "manifest.json").is_file():
+            fitted = calibrate_model(folder, method, reference, study, storage, overrides, device)
+            print(
+                f"{folder}  temperature {fitted.temperature:.4g}  ({fitted.method}, {fitted.questions} questions)"
+            )
+            return
+        name = study_name(target)
+        table = calibrate_board(storage_url(storage, name), name, method, select, overrides, device)
+    print(table.markdown() if markdown else table.text())
+    print(f"\n{table.caption}")
