@@ -37,7 +37,7 @@ from search.config import StudyConfig, load_study_file
 from search.errors import ConfigError, ExportError
 from search.evidence import EvidenceFolder
 from search.export import MODEL
-from search.manifest import MANIFEST, read_manifest
+from search.manifest import MANIFEST, MERGE, read_manifest
 from search.materials import Materials, Split
 from search.merging.layout import load_config
 from search.merging.loading import load_model
@@ -96,6 +96,10 @@ def calibrate_model(
     if len(chosen) != 1:
         raise ConfigError("--method: a model carries one temperature. Name one method.")
     if (folder / MANIFEST).is_file():
+        if read_manifest(folder).get("kind") == MERGE:
+            raise ConfigError(
+                f"{folder}: a merge of no study. Give it to a study as an expert and calibrate that study."
+            )
         fitted = calibrate_export(folder, chosen[0], storage, overrides, device)
     elif study is None:
         raise ConfigError(

@@ -270,7 +270,8 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except Interrupted as stop:
         logging.getLogger("mergefront").warning(
-            "stopped by %s; nothing is lost: resume (without --trials +N) continues", stop
+            "stopped by %s; nothing is lost: resume (without --trials +N), or the same merge again, continues",
+            stop,
         )
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:

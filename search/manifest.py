@@ -14,6 +14,7 @@ from search.merging.header import shown
 
 MANIFEST = "manifest.json"
 FORMAT = "mergefront-export-1"
+MERGE = "merge"  # `kind` of a one-off merge; a trial's kind is another
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -38,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file() or path.is_symlink():
-        raise ExportError(f"{folder}: no {MANIFEST}. Give a folder that mergefront export made.")
+        raise ExportError(f"{folder}: no {MANIFEST}. Give a folder that mergefront export or merge made.")
     try:
         manifest = read_json(path)
     except CheckpointError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from search.merging.blend import Blend, check_masks, make_blend
 from search.merging.checkpoint import Checkpoint
 from search.merging.live import LiveModel
 from search.merging.methods.table import get_method
+from search.merging.origin import origins
 from search.merging.parents import Parents
 from search.merging.placement import choose_device
 from search.space import CoefficientSpace, Recipe
@@ -315,19 +315,4 @@ def groups_digest(space: CoefficientSpace) -> str:
 
 def provenance(config: StudyConfig, parents: Parents) -> dict[str, dict[str, str | None]]:
     """Where each parent came from, what exactly it is, and under which licence its own card puts it."""
-    found: dict[str, dict[str, str | None]] = {}
-    every = zip(config.parents.places.items(), parents.everybody, parents.revisions, strict=True)
-    for (label, where), one, revision in every:
-        licence = _licence(one.folder / "README.md")
-        found[label] = {"where": where, "revision": revision, "sha256": one.sha256(), "licence": licence}
-    return found
-
-
-def _licence(card: Path) -> str | None:
-    """The `license:` of a model card's front matter."""
-    try:
-        head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
-    except OSError:
-        return None
-    match = re.match(r"---\n(?:.*\n)*?license:\s*['\"]?([\w.+-]+)", head)
-    return match[1] if match else None
+    return origins(config.parents.places, parents)

@@ -10,7 +10,7 @@ import typer
 from search.errors import ConfigError
 from search.interrupt import interruptible
 from search.naming import open_study, storage_url, study_name
-from search.options import Device, Name, Set, Storage
+from search.options import GIVEN, Device, Dtype, Name, Set, Storage
 
 models = typer.Typer()
 
@@ -117,3 +117,62 @@ def calibrate(
         table = calibrate_board(storage_url(storage, name), name, method, select, overrides, device)
     print(table.markdown() if markdown else table.text())
     print(f"\n{table.caption}")
+
+
+@models.command()
+def merge(
+    method: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD",
+            help="Any method of a study file, such as ties, or tsv, wudi, fda (see README.md).",
+        ),
+    ],
+    pre: Annotated[str, typer.Option("--pre", metavar="DIR", help="The pre-trained model, or a hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The merged checkpoint's folder.")],
+    experts: Annotated[
+        list[str], typer.Option("--expert", metavar="NAME=DIR", help="What was made from it; repeatable.")
+    ] = [],  # noqa: B006
+    weights: Annotated[
+        list[str],
+        typer.Option(
+            "--weight",
+            metavar="NAME=0.3",
+            help="Of an expert; repeatable.  [default: 1 for tsv and wudi, start for fda, else 1 / experts]",
+        ),
+    ] = [],  # noqa: B006
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="density, scaling, ...; of fda anchors.n, adapt.epochs, ... and start: pre, a number for task "
+            "arithmetic, or the folder of another merge; repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the stored tensors.  [default: the parents']")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Finished pieces of fda.  [default: a folder below runs/anchors]"),
+    ] = None,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier merge.", rich_help_panel="Dangerous"),
+    ] = False,
+) -> None:
+    """One merge without a study: a checkpoint with a manifest; fda goes on where it was stopped."""
+    from search.oneoff.request import read_request
+
+    request = read_request(
+        method, pre, experts, weights, settings
+    )  # words first: the rest takes seconds to import
+    from search.console import stderr_console
+    from search.oneoff.bar import MergeBar
+    from search.oneoff.make import Place, make
+
+    place = Place(out, work, None if dtype is None else dtype.value, device, overwrite)
+    with interruptible(), MergeBar(stderr_console(), quiet=GIVEN["quiet"]) as bar:
+        print(make(request, place, bar))

@@ -48,6 +48,12 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class SplitName(StrEnum):
     search = "search"
     report = "report"

@@ -1,10 +1,13 @@
-"""Proving an export: its files against the manifest, its checkpoint against the scores that chose it."""
+"""Proving an export: its files against the manifest, its checkpoint against the scores that chose it.
+
+A one-off merge was chosen by no scores: its files are proved, and that its checkpoint loads whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +22,10 @@ from search.config import StudyConfig
 from search.errors import ConfigError, ExportError
 from search.evidence import EvidenceFolder
 from search.export import CONFIG, MODEL
-from search.manifest import MANIFEST, read_manifest
+from search.manifest import MANIFEST, MERGE, read_manifest
 from search.materials import blend_of, make_space
 from search.mergekit_config import check_config
-from search.merging.checkpoint import Checkpoint
+from search.merging.checkpoint import FLOATS, Checkpoint, dtype_name
 from search.merging.header import shown
 from search.merging.layout import empty_model, load_config, read_layout
 from search.merging.loading import REFUSED, load_model
@@ -31,6 +34,9 @@ from search.merging.placement import choose_device, place
 from search.merging.tokenizers import load_tokenizer
 from search.opening import moved_config
 from search.storage import StudyStore, TrialRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # How far a log-likelihood may lie from the stored one: absolute, and as a share of it. The weights are the same bits,
 # so on the same machine the difference is zero or rounding of float32 sums; the wider bounds of the 16-bit types are
@@ -44,7 +50,7 @@ def verify_folder(folder: Path, storage: str | None, overrides: Sequence[str], d
     With weights: every file has the manifest's SHA-256; the checkpoint has every tensor that its architecture needs and
     no other, all finite; transformers loads it with no missing and no unexpected key; on every split that is stored its
     per-question log-likelihoods equal the stored ones within `TOLERANCE`. Without weights: the files, and that
-    the mergekit config gives every tensor exactly the recipe's weights.
+    the mergekit config gives every tensor exactly the recipe's weights. A one-off merge: the files and the checkpoint.
 
     Args:
         storage: where the study is, if not where the manifest says.
@@ -57,6 +63,10 @@ def verify_folder(folder: Path, storage: str | None, overrides: Sequence[str], d
     for one in _exports(folder):
         manifest = read_manifest(one)
         yield f"{one}: {len(manifest['files'])} files as in the manifest"
+        if manifest.get("kind") == MERGE:
+            _, said = _loaded(one, str(manifest.get("dtype")))
+            yield f"{said}; a {shown(str(manifest.get('method')))} merge of no study, nothing was scored"
+            continue
         study = ExportedStudy.open(one, manifest, storage, overrides)
         yield from (
             study.rescored(one / MODEL, device) if manifest.get("weights") else study.compared(one / CONFIG)
@@ -123,25 +133,12 @@ class ExportedStudy:
     def rescored(self, folder: Path, device: str) -> Iterator[str]:
         """With weights: the checkpoint is checked, loaded, and scored on every stored split."""
         dtype = self.config.merge.dtype
-        saved = Checkpoint.open(folder)
-        saved.check_finite()
-        read_layout(
-            empty_model(load_config(folder), folder),
-            {name: saved.shape(name) for name in saved.names},
-            folder,
-        )
+        model, said = _loaded(folder, dtype)
         tokenizer = load_tokenizer(folder)
-        model = load_model(
-            folder,
-            load_config(folder),
-            getattr(torch, dtype),
-            error=ExportError,
-            refused=(*REFUSED, "unexpected_keys"),
-        )
         where = choose_device(device)
         # The batches of the study: others would change the last bits.
         scorer = Scorer(place(model, where), tokenizer, batch_tokens(self.store, self.config, where))
-        yield f"{MODEL}  {len(saved.names)} tensors, all finite; loads with no missing and no unexpected key"
+        yield f"{MODEL}  {said}"
         questions = load_questions(self.config.tasks, self.config.split, tokenizer)
         began = self.store.attribute("identity")["questions"]
         if questions.digest != began:
@@ -171,6 +168,18 @@ class ExportedStudy:
             metric = get_metric(str(name), tasks=tasks)
             now, then = metric.value(measured.outcomes), metric.value(stored.outcomes)
             yield f"{name} {now:.4f} {'= stored' if f'{now:.4f}' == f'{then:.4f}' else f'(stored {then:.4f})'}"
+
+
+def _loaded(folder: Path, dtype: str) -> tuple[PreTrainedModel, str]:
+    """A checkpoint as transformers loads it, and what was found."""
+    saved = Checkpoint.open(folder)
+    saved.check_finite()
+    layout = {name: saved.shape(name) for name in saved.names}
+    read_layout(empty_model(load_config(folder), folder), layout, folder)
+    kind = {dtype_name(one): one for one in FLOATS}.get(dtype, torch.float32)
+    refused = (*REFUSED, "unexpected_keys")
+    model = load_model(folder, load_config(folder), kind, error=ExportError, refused=refused)
+    return model, f"{len(saved.names)} tensors, all finite; loads with no missing and no unexpected key"
 
 
 def _exports(folder: Path) -> list[Path]:

@@ -1,0 +1,1 @@
+"""One merge, made as it is asked for, without a study: `mergefront merge`."""

@@ -1,0 +1,230 @@
+"""Making a one-off merge: parents opened and compared, one checkpoint folder written with its manifest, or nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search import __version__
+from search.anchors.build import build
+from search.anchors.starts import FromExperts, FromMerge, FromPre, Start
+from search.errors import ConfigError, ExportError, IncompatibleModelsError
+from search.manifest import MANIFEST, MERGE, write_manifest
+from search.mergekit_config import MERGEKIT, caveats, config_text, natural, place_of, rebuild_command
+from search.merging.blend import make_blend
+from search.merging.checkpoint import Checkpoint, dtype_name
+from search.merging.methods.table import METHODS
+from search.merging.origin import origins
+from search.merging.parents import Parents, compare_experts
+from search.merging.placement import SPREAD, choose_device
+from search.merging.save import check_saved, save_checkpoint, size_of
+from search.merging.writing import save_tensors
+from search.oneoff.bar import MergeBar
+from search.oneoff.request import FDA, START, WUDI, Request
+from search.oneoff.singular import Singular
+from search.staging import check_space, lone_folder
+
+logger = logging.getLogger("mergefront")
+
+CONFIG = "mergekit_config.yml"
+WORK = Path("runs") / "anchors"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a merge is written.
+
+    Attributes:
+        out: the checkpoint's folder.
+        work: folder of the finished pieces of `fda`; None is one below `runs/anchors`, of the base model's own.
+        dtype: of the stored tensors; None is the parents'.
+        device: computes `tsv`, `wudi` and `fda`; the others are merged on the CPU, where their bits are mergekit's.
+    """
+
+    out: Path
+    work: Path | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    overwrite: bool = False
+
+
+def make(request: Request, place: Place, bar: MergeBar) -> Path:
+    """Writes a merge as a checkpoint folder that transformers loads; whole or absent. Returns the folder.
+
+    Raises:
+        ConfigError: options or folders that do not fit. CheckpointError, IncompatibleModelsError: as `Parents.open`,
+            or a task vector is zero. ExportError: `out` exists. MergeError: a number is not finite.
+            DiskError: no space or no permission.
+    """
+    began = time.monotonic()
+    check_target(place.out, overwrite=place.overwrite)
+    device = choose_device(place.device)
+    if device == SPREAD:
+        raise ConfigError("--device spread: a merge is made on one device. Give auto, cpu, cuda or cuda:N.")
+    parents = Parents.open(request.pre, request.experts)
+    notes = parents.notes if len(parents.experts) > 1 else [*parents.notes, *compare_experts(parents)]
+    for note in notes:
+        logger.warning("%s", note)
+    merge = _Merge(request, place, parents, device, bar)
+    merge.check_places()
+    merge.write()
+    logger.info(
+        "%s: %s of %s in %.1f s", place.out, request.method, ", ".join(parents.experts), _since(began)
+    )
+    return place.out
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Refuses a folder that exists, or that is no merge of mergefront where it is to be replaced.
+
+    Raises:
+        ExportError: as above.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise ExportError(f"{out}: exists. Give another --out, or --overwrite to replace it.")
+    if out.is_symlink() or not (out / MANIFEST).is_file():
+        raise ExportError(f"{out}: is not a merge of mergefront, so it is not replaced. Remove it yourself.")
+
+
+class _Merge:
+    """A merge whose parents are open."""
+
+    def __init__(self, request: Request, place: Place, parents: Parents, device: str, bar: MergeBar) -> None:
+        self._request, self._place, self._parents = request, place, parents
+        self._device, self._bar = device, bar
+        stored = parents.pre.dtype(parents.names[0])
+        self._dtype: torch.dtype = stored if place.dtype is None else getattr(torch, place.dtype)
+        self._start: Start = self._begin() if request.method == FDA else FromPre()
+        self._work = place.work or WORK / parents.pre.sha256()[:16]
+
+    def check_places(self) -> None:
+        """The result must not replace what it is made from."""
+        final = self._place.out.resolve()
+        read = [one.folder for one in self._parents.everybody]
+        read += [self._start.merge.folder] if isinstance(self._start, FromMerge) else []
+        for folder in read:
+            if folder.is_relative_to(final):
+                raise ConfigError(f"{self._place.out}: holds {folder}, which is merged. Give another --out.")
+
+    def write(self) -> None:
+        if self._request.method == FDA:
+            self._build()
+            return
+        check_space(self._place.out, size_of(self._parents, self._dtype))
+        with lone_folder(self._place.out, overwrite=self._place.overwrite) as folder:
+            if self._request.method in METHODS:
+                self._blend(folder)
+            else:
+                self._singular(folder)
+            check_saved(folder, self._parents, self._dtype)
+            self._seal(folder)
+
+    def _blend(self, folder: Path) -> None:
+        parents, options = self._parents, dict(self._request.options)
+        seed = int(options.pop("seed", 0))
+        each = dict.fromkeys(parents.names, self._request.coefficients)
+        blend = make_blend(parents, each, self._request.method, options, seed)
+        blend = blend.in_order(natural(blend.weights))
+        save_checkpoint(parents, blend, self._dtype, folder)
+        found = origins(self._where, parents)
+        header = [
+            f"A {self._request.method} merge. Rebuild it bit for bit with mergekit {MERGEKIT} or later:",
+            f"  {rebuild_command(blend, CONFIG)}",
+            *(f"{name:<4}  sha256 {facts['sha256']}  {facts['where']}" for name, facts in found.items()),
+            *(f"CAUTION: {line}" for line in caveats(parents, blend)),
+        ]
+        places = [
+            str(one.folder)
+            if label in parents.adapters
+            else place_of(str(found[label]["where"]), found[label]["revision"])
+            for label, one in zip(parents.labels, parents.everybody, strict=True)
+        ]
+        text = config_text(parents, blend, places, dtype_name(self._dtype), header)
+        (folder / CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    def _singular(self, folder: Path) -> None:
+        wudi = dict(self._request.options) if self._request.method == WUDI else None
+        coefficients, names = self._request.coefficients, self._parents.names
+        tensors = Singular(self._parents, coefficients, self._dtype, self._device, wudi)
+        place = {name: number for number, name in enumerate(names)}
+
+        def tensor(name: str) -> torch.Tensor:
+            self._bar.show(place[name], len(names), name)
+            return tensors.tensor(name)
+
+        save_tensors(self._parents.post, names, tensor, self._dtype, folder)
+
+    def _begin(self) -> Start:
+        start = self._request.options[START]
+        if isinstance(start, float):
+            return FromExperts(self._request.coefficients)
+        if start == "pre":
+            return FromPre()
+        merge = Checkpoint.open(Path(start).expanduser())
+        begun = FromMerge(merge)
+        begun.check(self._parents)
+        names = self._parents.names
+        if all(torch.equal(merge.tensor(n).float(), self._parents.pre.tensor(n).float()) for n in names):
+            raise IncompatibleModelsError(
+                f"{start}: every tensor is as in pre, so its task vector is zero. Give another merge, or start=pre."
+            )
+        return begun
+
+    def _build(self) -> None:
+        request, place = self._request, self._place
+        built = build(
+            self._parents,
+            place.out,
+            self._work,
+            anchors=request.anchors,
+            adapt=request.adapt,
+            start=self._start,
+            dtype=self._dtype,
+            device=self._device,
+            overwrite=place.overwrite,
+            watch=self._bar.watch,
+            seal=self._seal,
+        )
+        spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in built.seconds.items())
+        logger.info(
+            "%d pieces computed, %d were there: %s  (%s)", built.computed, built.reused, self._work, spent
+        )
+
+    def _seal(self, folder: Path) -> None:
+        write_manifest(folder, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """All that the merge depends on, and nothing of how it went: an interrupted one says the same."""
+        request = self._request
+        facts: dict[str, Any] = {
+            "mergefront": __version__,
+            "torch": torch.__version__,
+            "kind": MERGE,
+            "method": request.method,
+            "coefficients": dict(zip(request.experts, request.coefficients, strict=False)),
+            "options": dict(request.options),
+            "dtype": dtype_name(self._dtype),
+            "parents": origins(self._where, self._parents),
+            "parents_digest": self._parents.digest,
+        }
+        if request.method == FDA:
+            facts["start"] = self._start.facts()
+        if request.method not in METHODS:  # the last bits of matrix products depend on them
+            facts |= {"device": self._device, "threads": torch.get_num_threads()}
+        return facts
+
+    @property
+    def _where(self) -> Mapping[str, str]:
+        return {"pre": self._request.pre, **self._request.experts}
+
+
+def _since(began: float) -> float:
+    return time.monotonic() - began
