@@ -3,7 +3,8 @@
 
 Each is computed per prompt over its s sampled answers and averaged over the prompts, so that a bootstrap over
 prompts gives its interval. All depend on how the answers were drawn, and the lexical ones on how long they are:
-compare models under one `Decoding` only.
+compare models under one `Decoding` only. A study's preferences (`preferences.py`) are measured on the same answers
+and kept with them.
 
 Words are sacrebleu's `13a` tokens: split at white space and punctuation, case kept. An empty answer (no words) is
 an answer like any other: equal to other empty ones, different from the rest.
@@ -12,10 +13,11 @@ an answer like any other: equal to other empty ones, different from the rest.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from objectives.equivalence import Equivalence
     from objectives.generation import Generations
+    from objectives.preferences import Preference
 
 FORMAT = "mergefront-diversity-1"
 
@@ -157,12 +160,13 @@ def semantic_entropy(clusters: npt.ArrayLike) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Diversity:
-    """The diversities of one model's answers, prompt by prompt: what is kept as evidence.
+    """The diversities of one model's answers and how well they are liked, prompt by prompt: what is kept as evidence.
 
     Attributes:
         values: metric name -> `(n,)` float64, one number a prompt; the same prompts for all.
         digest: `Generations.digest`: which prompts, and how the answers were drawn.
         equivalence: `Equivalence.title`, empty where no model was given.
+        preferences: name -> `Preference.title` of the values that are no diversities.
 
     Raises:
         EvaluationError: values of different shapes, none, or one that is not finite.
@@ -171,6 +175,7 @@ class Diversity:
     values: Mapping[str, Floats]
     digest: str
     equivalence: str = ""
+    preferences: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shapes = {array.shape for array in self.values.values()}
@@ -185,6 +190,11 @@ class Diversity:
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
 
+    @property
+    def metrics(self) -> tuple[DiversityMetric, ...]:
+        """What is measured here, in the order of `values`."""
+        return tuple(get_sampled_metric(name, self.preferences) for name in self.values)
+
     def save(self, path: str | os.PathLike[str]) -> str:
         """Writes a safetensors file, whole or not at all; equal values give equal bytes.
 
@@ -195,6 +205,8 @@ class Diversity:
             DiskError: the file cannot be written; an earlier one stays as it was.
         """
         metadata = {"format": FORMAT, "about": self.digest, "equivalence": self.equivalence}
+        if self.preferences:
+            metadata["preferences"] = json.dumps(dict(self.preferences))
         return write_evidence(path, self.values, metadata)
 
     @classmethod
@@ -205,8 +217,9 @@ class Diversity:
         arrays, metadata = read_evidence(path, FORMAT, sha256=sha256, about=digest)
         values = {name: checked_array(path, arrays, name, np.float64) for name in arrays}
         try:
-            return cls(values, metadata.get("about", ""), metadata.get("equivalence", ""))
-        except EvaluationError as error:
+            liked = json.loads(metadata.get("preferences", "{}"))
+            return cls(values, metadata.get("about", ""), metadata.get("equivalence", ""), liked)
+        except (EvaluationError, ValueError) as error:
             raise EvaluationError(f"{path}: {error}") from error
 
 
@@ -215,12 +228,14 @@ def measure_diversity(
     tokenizer: Any,
     prompts: Sequence[str],
     equivalence: Equivalence | None = None,
+    preferences: Mapping[str, Preference] | None = None,
 ) -> Diversity:
-    """All diversities of some generations; the semantic one where a model is given.
+    """All diversities of some generations, the semantic one where a model is given, and the preferences that are given.
 
     Args:
         tokenizer: the one that the answers were drawn with.
         prompts: the n texts that were answered, without a chat template.
+        preferences: by name; their values are means over a prompt's answers.
 
     Raises:
         ConfigError: fewer than two answers to a prompt, or another number of prompts.
@@ -231,20 +246,22 @@ def measure_diversity(
         "distinct-2": distinct_n(texts, 2),
         "self-bleu": self_bleu(texts),
     }
-    if equivalence is None:
-        return Diversity(values, generations.digest)
-    values["semantic-entropy"] = semantic_entropy(semantic_clusters(prompts, texts, equivalence))
-    return Diversity(values, generations.digest, equivalence.title)
+    if equivalence is not None:
+        values["semantic-entropy"] = semantic_entropy(semantic_clusters(prompts, texts, equivalence))
+    liked = preferences or {}
+    values |= {name: preference(prompts, texts).mean(axis=1) for name, preference in liked.items()}
+    titles = {name: preference.title for name, preference in liked.items()}
+    return Diversity(values, generations.digest, "" if equivalence is None else equivalence.title, titles)
 
 
 @dataclass(frozen=True)
 class DiversityMetric:
-    """The mean of one diversity over the prompts, and which way is better.
+    """The mean over the prompts of one diversity or preference, and which way is better.
 
     Attributes:
-        name: as in a study file. maximize: whether higher is more diverse.
+        name: as in a study file. maximize: whether higher is more diverse, or preferred.
         worst, best: the metric's range, where its intervals are cut. `worst` means no diversity at all and is the
-            neutral reference point; `best` is inf where it depends on the number of samples.
+            neutral reference point; `best` is inf where it depends on the number of samples. A preference has no range.
         needs_model: whether an `Equivalence` must be given.
     """
 
@@ -262,7 +279,8 @@ class DiversityMetric:
         """
         if self.name not in diversity.values:
             raise ConfigError(
-                f"objectives: {self.name}: was not measured; it needs an equivalence model. Give one."
+                f"objectives: {self.name}: was not measured"
+                + ("; it needs an equivalence model. Give one." if self.needs_model else ".")
             )
         rows = None if weights is None else checked_weights(weights, len(diversity))
         return weighted_mean(diversity.values[self.name], rows, self.name)
@@ -305,6 +323,20 @@ def get_diversity_metric(name: str) -> DiversityMetric:
             f"objectives: no diversity called {name!r}. {hint}They are: {', '.join(DIVERSITY_NAMES)}."
         )
     return _METRICS[name]
+
+
+def get_sampled_metric(name: str, preferences: Collection[str]) -> DiversityMetric:
+    """The metric of sampled answers called `name`: a diversity, or one of the preferences that are named.
+
+    Raises:
+        ConfigError: as `get_diversity_metric`.
+
+    >>> get_sampled_metric("helpful", ["helpful"]).maximize
+    True
+    """
+    if name in preferences:
+        return DiversityMetric(name, True, -math.inf, math.inf)
+    return get_diversity_metric(name)
 
 
 def _require_answers(texts: Texts) -> None:

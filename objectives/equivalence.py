@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from objectives.encoding import max_length
+from objectives.judges import batches, load_judge, longest
 from search.errors import CheckpointError, ConfigError
-
-PAIRS = 64  # sequences that go through an equivalence model at once
 
 Booleans = npt.NDArray[np.bool_]
 
@@ -54,17 +50,17 @@ class EmbeddingEquivalence:
         if not 0.0 < threshold <= 1.0:
             raise ConfigError(f"equivalence: threshold is {threshold} (wanted above 0, at most 1).")
         # Mean pooling has no use for a pooling layer, and some checkpoints come without one.
-        self._model, self._tokenizer, digest = _load(folder, "AutoModel", device, optional="pooler.")
+        self._model, self._tokenizer, digest = load_judge(folder, "AutoModel", device, optional="pooler.")
         self._threshold = threshold
         self.title = f"embedding {digest[:12]}, cosine >= {threshold:g}"
 
     @torch.inference_mode()
     def __call__(self, prompt: str, answers: Sequence[str]) -> Booleans:
         encoded = self._tokenizer(
-            list(answers), truncation=True, max_length=_limit(self._model, self._tokenizer)
+            list(answers), truncation=True, max_length=longest(self._model, self._tokenizer)
         )
         hidden = []
-        for inputs in _batches(encoded, self._model):
+        for inputs in batches(encoded, self._model):
             state = self._model(**inputs).last_hidden_state.double()
             mask = inputs["attention_mask"][..., None].double()
             hidden.append((state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
@@ -88,7 +84,9 @@ class EntailmentEquivalence:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, device: str = "cpu") -> None:
-        self._model, self._tokenizer, digest = _load(folder, "AutoModelForSequenceClassification", device)
+        self._model, self._tokenizer, digest = load_judge(
+            folder, "AutoModelForSequenceClassification", device
+        )
         self._tokenizer.truncation_side = "left"  # the answers are on the right
         labels = {str(name).lower(): int(index) for index, name in self._model.config.id2label.items()}
         if "entailment" not in labels:
@@ -108,71 +106,12 @@ class EntailmentEquivalence:
             [whole[i] for i, _ in pairs],
             [whole[j] for _, j in pairs],
             truncation=True,
-            max_length=_limit(self._model, self._tokenizer),
+            max_length=longest(self._model, self._tokenizer),
         )
-        logits = torch.cat([self._model(**inputs).logits for inputs in _batches(encoded, self._model)])
+        logits = torch.cat([self._model(**inputs).logits for inputs in batches(encoded, self._model)])
         entails = np.eye(k, dtype=np.bool_)
         entails[tuple(np.array(pairs).T)] = (logits.argmax(dim=-1) == self._entailment).cpu().numpy()
         return _symmetric(entails)
-
-
-def _load(
-    folder: str | os.PathLike[str], kind: str, device: str, optional: str | None = None
-) -> tuple[Any, Any, str]:
-    """Model in eval mode, tokenizer, SHA-256 of the weights; tensors that start with `optional` may be missing."""
-    import transformers
-
-    from search.merging.checkpoint import Checkpoint
-    from search.merging.layout import load_config
-    from search.merging.tokenizers import load_tokenizer
-
-    checkpoint = Checkpoint.open(Path(folder))
-    tokenizer = load_tokenizer(checkpoint.folder)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, report = getattr(transformers, kind).from_pretrained(
-            str(checkpoint.folder),
-            config=load_config(checkpoint.folder),
-            dtype=torch.float32,
-            attn_implementation="eager",  # every architecture has it, DeBERTa has nothing else
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: the model does not load ({reason}).") from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    missing = sorted(
-        key for key in report["missing_keys"] if optional is None or not key.startswith(optional)
-    )
-    if missing:
-        raise CheckpointError(f"{folder}: {missing[0]}: missing. It is not a checkpoint for {kind}.")
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id or 0
-    return model.eval().to(device), tokenizer, checkpoint.sha256()
-
-
-def _limit(model: Any, tokenizer: Any) -> int:
-    """Most tokens of a sequence; the tokenizer knows better where some positions are reserved (RoBERTa)."""
-    return min(max_length(model.config, tokenizer), int(tokenizer.model_max_length))
-
-
-def _batches(encoded: Any, model: Any) -> Iterator[dict[str, Tensor]]:
-    """The encoded sequences in their order, `PAIRS` at once, padded on the right."""
-    rows = encoded["input_ids"]
-    for first in range(0, len(rows), PAIRS):
-        inputs = {}
-        width = max(1, *map(len, rows[first : first + PAIRS]))
-        for name in encoded:
-            fill = model.config.pad_token_id if name == "input_ids" else 0
-            padded = [[*row, *[fill] * (width - len(row))] for row in encoded[name][first : first + PAIRS]]
-            inputs[name] = torch.tensor(padded, device=model.device)
-        yield inputs
 
 
 def _symmetric(same: Booleans) -> Booleans:

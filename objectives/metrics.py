@@ -2,7 +2,8 @@
 
 Names: `accuracy`, `ece`, `ece:N`, `ece:mass`, `ece:N:mass`, `ece:debiased`, `ece:N:debiased`, `mce`, `brier`,
 `brier:top`, `nll`, `auroc`; with `@TASK` behind it, on the questions of one task only. And those of sampled answers:
-`distinct-1`, `distinct-2`, `self-bleu`, `semantic-entropy` (`diversity.py`).
+`distinct-1`, `distinct-2`, `self-bleu`, `semantic-entropy` (`diversity.py`), and a study's own preferences
+(`preferences.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ import numpy as np
 from objectives import calibration
 from objectives.accuracy import accuracy, accuracy_terms
 from objectives.bootstrap import checked_weights, interval, require_questions
-from objectives.diversity import DIVERSITY_NAMES, DiversityMetric, get_diversity_metric
+from objectives.diversity import DIVERSITY_NAMES, DiversityMetric, get_sampled_metric
 from objectives.outcomes import Floats, Outcomes
 from search.errors import ConfigError
 
@@ -103,8 +104,11 @@ _BINNED = re.compile(r"ece:([1-9][0-9]{0,3})(?::(mass|debiased))?", re.ASCII)
 _BINNED_FUNCTIONS = {"": calibration.ece, "mass": calibration.ece_mass, "debiased": calibration.ece_debiased}
 
 
-def get_metric(name: str, tasks: Sequence[str] = ()) -> Metric:
+def get_metric(name: str, tasks: Sequence[str] = (), beside: Collection[str] = ()) -> Metric:
     """The metric called `name`; `tasks` are the study's task names, in the order of `Outcomes.task`.
+
+    Args:
+        beside: names that a misspelt one may have meant, too.
 
     Raises:
         ConfigError: no such metric or task; the nearest name is suggested.
@@ -123,7 +127,7 @@ def get_metric(name: str, tasks: Sequence[str] = ()) -> Metric:
         return Metric(name, maximize, worst, function, index, _TERMS.get(base))
     binned = _BINNED.fullmatch(base)
     if binned is None:
-        known = (*METRIC_NAMES, "ece:10", "ece:10:mass", *DIVERSITY_NAMES)
+        known = (*METRIC_NAMES, "ece:10", "ece:10:mass", *DIVERSITY_NAMES, *beside)
         raise ConfigError(_unknown("objectives: no metric called", base, known, "metrics"))
     n_bins = int(binned[1])
     if n_bins > MAX_BINS:
@@ -131,13 +135,29 @@ def get_metric(name: str, tasks: Sequence[str] = ()) -> Metric:
     return Metric(name, False, 1.0, partial(_BINNED_FUNCTIONS[binned[2] or ""], n_bins=n_bins), index)
 
 
-def find_metric(name: str, tasks: Sequence[str] = ()) -> Metric | DiversityMetric:
+def find_metric(
+    name: str, tasks: Sequence[str] = (), preferences: Collection[str] = ()
+) -> Metric | DiversityMetric:
     """The metric called `name`, of answers to questions or of sampled answers to prompts.
+
+    Args:
+        tasks: as for `get_metric`. preferences: names of the study's preferences.
 
     Raises:
         ConfigError: as `get_metric`.
     """
-    return get_diversity_metric(name) if name in DIVERSITY_NAMES else get_metric(name, tasks)
+    if is_sampled(name, preferences):
+        return get_sampled_metric(name, preferences)
+    return get_metric(name, tasks, preferences)
+
+
+def is_sampled(name: str, preferences: Collection[str]) -> bool:
+    """Whether a metric is measured on sampled answers.
+
+    >>> is_sampled("self-bleu", []), is_sampled("ece", ["helpful"])
+    (True, False)
+    """
+    return name in DIVERSITY_NAMES or name in preferences
 
 
 def _unknown(problem: str, found: str, known: Sequence[str], kind: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from objectives.bootstrap import interval
+from objectives.diversity import DIVERSITY_NAMES, DiversityMetric, get_sampled_metric
 from objectives.metrics import Metric, find_metric, get_metric
 from search.alternatives import Alternative, Scores, base_label
 from search.baselines import PARENTS, UNCHOSEN
@@ -101,6 +102,7 @@ class Board:
         reference: the corner of the parents' worst values on the search split.
         alternatives: rows that are no trials; never on the front, whose weights they share.
         stopped: trials that were scored in part and stopped; they have no row.
+        sampled: what is measured on sampled answers: diversities, then preferences.
     """
 
     study: str
@@ -111,6 +113,7 @@ class Board:
     questions: Mapping[str, int]
     alternatives: tuple[Row, ...] = ()
     stopped: int = 0
+    sampled: tuple[DiversityMetric, ...] = ()
 
     @property
     def front(self) -> tuple[Row, ...]:
@@ -124,6 +127,11 @@ class Board:
     @property
     def maximize(self) -> tuple[bool, ...]:
         return tuple(maximize for _, maximize in self.objectives)
+
+    @property
+    def preferences(self) -> tuple[str, ...]:
+        """Names of the study's preferences, objectives or not; higher is better."""
+        return tuple(metric.name for metric in self.sampled if metric.name not in DIVERSITY_NAMES)
 
     def of_kind(self, *kinds: str) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.kind in kinds)
@@ -198,7 +206,8 @@ def read_board(store: StudyStore) -> Board:
     attributes = store.attributes()
     tasks = attributes["facts"]["tasks"]
     objectives = tuple((str(name), bool(maximize)) for name, maximize in attributes["objectives"])
-    wanted = [find_metric(name, tasks=tasks) for name, _ in objectives]
+    preferences = tuple(attributes["config"].get("preferences") or ())
+    wanted = [find_metric(name, tasks=tasks, preferences=preferences) for name, _ in objectives]
     metrics = [metric for metric in wanted if isinstance(metric, Metric)]
     records = store.trials()
     done = [record for record in records if record.state == "complete"]
@@ -248,6 +257,11 @@ def read_board(store: StudyStore) -> Board:
         questions=attributes["facts"]["questions"],
         alternatives=tuple(alternatives),
         stopped=sum(record.state == "stopped" for record in records),
+        sampled=tuple(
+            get_sampled_metric(name, preferences)
+            for name in (*DIVERSITY_NAMES, *preferences)
+            if any(name in row.search for row in rows)
+        ),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from objectives.calibrators.logits import OptionLogits
 from objectives.calibrators.methods import METHODS, fit
-from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
+from objectives.diversity import DiversityMetric
 from objectives.metrics import get_metric
 from objectives.outcomes import Outcomes
 from search.alternatives import AUTOMATIC, CAPE, Scores
@@ -33,7 +33,8 @@ class Entry:
     Attributes:
         temperatures: one a split; empty for CAPE, ones for `vanilla`.
         values: by metric, one value a split, on the half that was not fitted on.
-        sampled: diversities on all prompts of the report split, at the board's temperature; empty if not sampled.
+        sampled: what is measured on sampled answers, on all prompts of the report split, at the board's temperature;
+            empty if not sampled.
     """
 
     model: str
@@ -49,10 +50,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class CalibrationTable:
-    """All entries; `questions` is (fitted on, tested on) in each of the `SPLITS` splits."""
+    """All entries; `questions` is (fitted on, tested on) in each of the `SPLITS` splits.
+
+    Attributes:
+        metrics: those of sampled answers that an entry has.
+    """
 
     entries: tuple[Entry, ...]
     questions: tuple[int, int]
+    metrics: tuple[DiversityMetric, ...] = ()
 
     @property
     def caption(self) -> str:
@@ -61,8 +67,9 @@ class CalibrationTable:
             f"Mean [smallest, largest] over {SPLITS} random splits of the report questions: {fitted} fit the "
             f"temperature, the other {tested} test it. ECE and MCE in 15 equal-width bins, AECE in 15 of equal mass."
             + (
-                " Diversities: of answers to all prompts of the report split, with 95 % bootstrap intervals."
-                if any(entry.sampled for entry in self.entries)
+                " Diversities and preferences: of answers to all prompts of the report split, with 95 % bootstrap "
+                "intervals."
+                if self.metrics
                 else ""
             )
         )
@@ -81,14 +88,13 @@ class CalibrationTable:
         """Header, then a line an entry; a spread reads `mean [smallest, largest]`."""
         arrows = {name: "up" if get_metric(name).maximize else "down" for name in METRICS}
         titles = [f"{'aece' if name == 'ece:mass' else name} {arrows[name]}" for name in METRICS]
-        sampled = [name for name in DIVERSITY_NAMES if any(name in entry.sampled for entry in self.entries)]
-        titles += [f"{name} {'up' if get_diversity_metric(name).maximize else 'down'}" for name in sampled]
+        titles += [f"{metric.name} {'up' if metric.maximize else 'down'}" for metric in self.metrics]
         body = [
             [
                 entry.label,
                 _spread(entry.temperatures, 2),
                 *(_spread(entry.values[name], 3) for name in METRICS),
-                *(_interval(entry.sampled.get(name)) for name in sampled),
+                *(_interval(entry.sampled.get(metric.name)) for metric in self.metrics),
             ]
             for entry in self.entries
         ]
@@ -115,7 +121,8 @@ def calibration_table(board: Board, scores: Scores) -> CalibrationTable:
             entry = _entry(scores, row, title, method, pre.trial, halves, _sampled(board, row, method))
             if entry is not None:
                 entries.append(entry)
-    return CalibrationTable(tuple(entries), (len(halves[0][0]), len(halves[0][1])))
+    sampled = [one for one in board.sampled if any(one.name in entry.sampled for entry in entries)]
+    return CalibrationTable(tuple(entries), (len(halves[0][0]), len(halves[0][1])), tuple(sampled))
 
 
 def _models(board: Board, scores: Scores) -> list[tuple[Row, str]]:
@@ -165,11 +172,11 @@ def _entry(
 
 
 def _sampled(board: Board, row: Row, method: str) -> dict[str, Cell]:
-    """Diversities of a model as it is, or of the alternative with this method."""
+    """What is measured on sampled answers of a model as it is, or of the alternative with this method."""
     same = (one for one in board.alternatives if one.label == f"{row.label} + {method}")
     shown = row if method == "vanilla" else next(same, None)
     cells = {} if shown is None else shown.report
-    return {name: cell for name, cell in cells.items() if name in DIVERSITY_NAMES}
+    return {metric.name: cells[metric.name] for metric in board.sampled if metric.name in cells}
 
 
 def _halves(n: int, seed: int) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from objectives.bootstrap import resample_weights
-from objectives.diversity import Diversity, get_diversity_metric
+from objectives.diversity import Diversity
 from objectives.metrics import Metric
 from objectives.outcomes import Outcomes
 from search.evidence import EvidenceFolder
@@ -62,7 +62,7 @@ class CellComputer:
             return {}, {}
         diversity = self._evidence.load_diversity(digest)
         weights = self._resamples(split, diversity)
-        for metric in map(get_diversity_metric, diversity.values):
+        for metric in diversity.metrics:
             if (split, digest, metric.name) not in self._known:
                 value, drawn = metric.value(diversity), metric(diversity, weights)
                 cell = cell_around(value, metric.interval(value, drawn))

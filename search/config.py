@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from objectives.diversity import DIVERSITY_NAMES, get_diversity_metric
-from objectives.metrics import find_metric
+from objectives.diversity import DIVERSITY_NAMES
+from objectives.metrics import METRIC_NAMES, find_metric, is_sampled
 from search.errors import ConfigError
 from search.merging.methods.table import get_method
 from search.sampler_config import SINGLE_OBJECTIVE, CoarseConfig, SamplerConfig
@@ -20,6 +20,7 @@ from search.sections import (
     FidelityConfig,
     MergeConfig,
     ParentsConfig,
+    PreferenceConfig,
     RacingConfig,
     Section,
     SpaceConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "FidelityConfig",
     "MergeConfig",
     "ParentsConfig",
+    "PreferenceConfig",
     "RacingConfig",
     "SamplerConfig",
     "SpaceConfig",
@@ -50,7 +52,8 @@ SCHEMA = 1
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
 _NOT_IDENTITY = re.compile(
-    r"^(trials|tokens|parents\.(pre|post|experts\.[^.]+)|tasks\.\d+\.path|diversity\.(prompts|equivalence))$"
+    r"^(trials|tokens|parents\.(pre|post|experts\.[^.]+)|tasks\.\d+\.path|diversity\.(prompts|equivalence)"
+    r"|preferences\.[^.]+\.model)$"
 )
 
 
@@ -77,6 +80,7 @@ class StudyConfig(Section):
     split: SplitConfig = SplitConfig()
     objectives: Annotated[list[str], Field(min_length=1, max_length=8)] = Field(default=["accuracy", "ece"])
     diversity: DiversityConfig | None = None
+    preferences: dict[str, PreferenceConfig] | None = None
     sampler: SamplerConfig = SamplerConfig()
     racing: RacingConfig | None = None
     fidelity: FidelityConfig | None = None
@@ -86,27 +90,49 @@ class StudyConfig(Section):
 
     @field_validator("objectives")
     @classmethod
-    def _known_objectives(cls, value: list[str]) -> list[str]:
-        for name in value:
-            metric, _, _ = name.partition("@")  # the task of METRIC@TASK is checked once the tasks are read
-            try:
-                find_metric(metric)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+    def _different_objectives(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value):
             raise ValueError("found one twice; name each once")
         return value
 
+    @field_validator("preferences")
+    @classmethod
+    def _fit_names(cls, value: dict[str, PreferenceConfig] | None) -> dict[str, PreferenceConfig] | None:
+        for name in value or ():
+            if not re.fullmatch(r"[a-z][a-z0-9-]{0,63}", name):
+                raise ValueError(f"found name {name!r}, wanted 1 to 64 of a-z, 0-9 and -, a letter first")
+            if name in (*METRIC_NAMES, *DIVERSITY_NAMES, "calibration"):  # best-calibration is a selection
+                raise ValueError(f"found name '{name}', which means something else; choose another")
+        if value is not None and not value:
+            raise ValueError("found none; name one, or remove the section")
+        return value
+
+    @property
+    def sampled_objectives(self) -> list[str]:
+        """The objectives that are measured on sampled answers."""
+        return [name for name in self.objectives if is_sampled(name, self.preferences or ())]
+
+    @model_validator(mode="after")
+    def _known_objectives(self) -> StudyConfig:
+        for name in self.objectives:
+            metric, _, _ = name.partition("@")  # the task of METRIC@TASK is checked once the tasks are read
+            try:
+                find_metric(metric, preferences=self.preferences or ())
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return self
+
     @model_validator(mode="after")
     def _sampled_answers_have_prompts(self) -> StudyConfig:
-        for name in self.objectives:
-            if name not in DIVERSITY_NAMES:
-                continue
+        if self.preferences is not None and self.diversity is None:
+            raise ValueError("preferences: need sampled answers; add a section diversity with prompts")
+        for name in self.sampled_objectives:
             if self.diversity is None:
                 raise ValueError(
                     f"objectives: {name} needs sampled answers; add a section diversity with prompts"
                 )
-            if get_diversity_metric(name).needs_model and self.diversity.equivalence is None:
+            metric = find_metric(name, preferences=self.preferences or ())
+            if getattr(metric, "needs_model", False) and self.diversity.equivalence is None:
                 raise ValueError(
                     f"objectives: {name} needs a model that compares answers; add diversity.equivalence"
                 )
@@ -114,7 +140,7 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _answers_are_modelled(self) -> StudyConfig:
-        sampled = [name for name in self.objectives if name in DIVERSITY_NAMES]
+        sampled = self.sampled_objectives
         if self.sampler.engine == "composite" and sampled:
             raise ValueError(
                 f"sampler: engine composite predicts answers to questions, but {sampled[0]} is measured on sampled "
@@ -129,7 +155,7 @@ class StudyConfig(Section):
                 "racing: does not go with fidelity, which stops candidates by estimates; remove one of the two"
             )
         section = "racing" if self.racing is not None else "fidelity" if self.fidelity is not None else None
-        sampled = next((name for name in self.objectives if name in DIVERSITY_NAMES), None)
+        sampled = next(iter(self.sampled_objectives), None)
         if section is not None and sampled is not None:
             raise ValueError(
                 f"{section}: does not go with objective {sampled}, which is not scored in parts; remove one"
@@ -314,6 +340,11 @@ def _resolve_paths(config: StudyConfig, folder: Path) -> StudyConfig:
         if sampled.equivalence is not None:
             places["equivalence"] = resolve(sampled.equivalence)
         update["diversity"] = sampled.model_copy(update=places)
+    if config.preferences is not None:
+        update["preferences"] = {
+            name: one if one.model is None else one.model_copy(update={"model": resolve(one.model)})
+            for name, one in config.preferences.items()
+        }
     return config.model_copy(update=update)
 
 
@@ -350,12 +381,13 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
     inside = {
         "tasks": TaskConfig,
         "diversity": DiversityConfig,
+        "preferences": PreferenceConfig,
         "racing": RacingConfig,
         "fidelity": FidelityConfig,
         "coarse": CoarseConfig,
     }
-    for part in path:
-        if isinstance(part, str):
+    for index, part in enumerate(path):
+        if isinstance(part, str) and not (index == 1 and path[0] == "preferences"):  # that is a name
             annotation = model.model_fields[part].annotation if part in model.model_fields else None
             model = inside.get(part, annotation)
     fields = getattr(model, "model_fields", {})

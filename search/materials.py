@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,9 @@ from objectives.generation import AnswerSampler, Decoding
 from objectives.metrics import Metric, find_metric
 from objectives.outcomes import Outcomes
 from objectives.power import Power, note_on, powers
+from objectives.preferences import Preference, make_preference
 from objectives.prompts import PromptSet, load_prompts
+from objectives.reward import check_reward_model
 from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
 from search.baselines import Baseline, baselines
@@ -65,7 +67,8 @@ class Materials:
         """Opens parents and questions.
 
         Raises:
-            CheckpointError, IncompatibleModelsError, MergeError: the parents cannot be read or merged.
+            CheckpointError, IncompatibleModelsError, MergeError: the parents cannot be read or merged, or a reward model
+                is none.
             ConfigError: the questions cannot be read, an objective names an unknown task, or `racing` or `fidelity`
                 wants more of the search split than there is.
         """
@@ -78,13 +81,17 @@ class Materials:
         prompts = None
         if (sampled := config.diversity) is not None:
             prompts = load_prompts(sampled.prompts, sampled.limit, config.split.search, config.split.seed)
+        preferences = config.preferences or {}
+        for place in reward_models(config).values():
+            check_reward_model(place)
+        find = partial(find_metric, tasks=questions.task_names, preferences=preferences)
         return cls(
             config=config,
             parents=parents,
             tokenizer=tokenizer,
             questions=questions,
             space=make_space(config, parents),
-            metrics=tuple(find_metric(name, tasks=questions.task_names) for name in config.objectives),
+            metrics=tuple(map(find, config.objectives)),
             device=choose_device(device),
             prompts=prompts,
         )
@@ -133,6 +140,8 @@ class Materials:
             found["prompts"] = self.prompts.digest
             if judge is not None:
                 found["equivalence"] = Checkpoint.open(Path(judge)).sha256()
+        for name, place in reward_models(self.config).items():
+            found[f"preferences.{name}"] = Checkpoint.open(Path(place)).sha256()
         return found
 
     @cached_property
@@ -280,7 +289,20 @@ class Materials:
         sampler = AnswerSampler(
             self.live.model, self.tokenizer, prompts, decoding, chat_template=config.chat_template
         )
-        return measure_diversity(sampler.generate(), self.tokenizer, prompts, self._equivalence)
+        return measure_diversity(
+            sampler.generate(), self.tokenizer, prompts, self._equivalence, self.preferences
+        )
+
+    @cached_property
+    def preferences(self) -> dict[str, Preference]:
+        """What the study's preferences are measured with, by name; reward models are loaded here.
+
+        Raises:
+            CheckpointError: a reward model does not load.
+        """
+        device = "cpu" if self.device == "cpu" else "cuda"
+        wanted = self.config.preferences or {}
+        return {name: make_preference(one, device) for name, one in wanted.items()}
 
     @cached_property
     def _equivalence(self) -> Equivalence | None:
@@ -291,6 +313,12 @@ class Materials:
         if config.threshold is None:
             return EntailmentEquivalence(config.equivalence, device=device)
         return EmbeddingEquivalence(config.equivalence, threshold=config.threshold, device=device)
+
+
+def reward_models(config: StudyConfig) -> dict[str, str]:
+    """Places of the reward models of a study by preference."""
+    preferences = (config.preferences or {}).items()
+    return {name: one.model for name, one in preferences if one.model is not None}
 
 
 def make_space(config: StudyConfig, parents: Parents) -> CoefficientSpace:

@@ -37,6 +37,7 @@ def create(
     materials = materials or Materials.open(config, device)
     if config.sampler.follows_gradients:
         _ = materials.gradient  # a model without one is refused now, not after the baselines
+    _ = materials.preferences  # so is a reward model that does not load
     objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
     store = StudyStore.create(url, config.name, objectives, **options)
     with store.exclusive():

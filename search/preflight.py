@@ -8,6 +8,7 @@ from pathlib import Path
 
 from objectives.outcomes import Outcomes
 from objectives.power import differences
+from objectives.preferences import make_preference
 from search.database import sqlite_path
 from search.errors import MergefrontError
 from search.evidence import EvidenceFolder
@@ -41,6 +42,7 @@ def describe(materials: Materials, url: str) -> list[str]:
         + (f"; {len(space.coefficients)} coefficients" if len(space.experts) > 1 else ""),
         f"questions   {len(split.search)} search, {len(split.report)} report, of {', '.join(split.task_names)}",
         f"objectives  {', '.join(m.name + (' up' if m.maximize else ' down') for m in materials.metrics)}",
+        *_sampled(materials),
         f"search      {config.sampler.title}, {len(materials.baselines)} baselines + {config.trials} trials",
         f"memory      {live / MIB:,.0f} MiB for the live model{_ranks(materials)}; the parents stay on disk, mapped",
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
@@ -72,6 +74,22 @@ def describe(materials: Materials, url: str) -> list[str]:
             f"are as in pre: {_shortened(idle)}"
         )
     return [*lines, "ready       mergefront launch runs it"]
+
+
+def _sampled(materials: Materials) -> list[str]:
+    """What is sampled in every trial, and what the preferences measure on it."""
+    config, prompts = materials.config, materials.prompts
+    if config.diversity is None or prompts is None:
+        return []
+    drawn = config.diversity
+    lines = [
+        f"prompts     {len(prompts.search)} search, {len(prompts.report)} report; {drawn.samples} answers to each, "
+        f"of at most {drawn.max_new_tokens} tokens"
+    ]
+    for name, one in (config.preferences or {}).items():
+        said = f"reward model {one.model}" if one.model else make_preference(one).title
+        lines.append(f"preference  {name}: {said}")
+    return lines
 
 
 def _power(materials: Materials, url: str) -> list[str]:

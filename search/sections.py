@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from objectives.estimators.methods import get_estimator
+from objectives.preferences import words_of
 from search.errors import ConfigError, MergeError
 from search.merging.methods.table import OPTIONS, get_method
 
@@ -241,6 +242,37 @@ class DiversityConfig(Section):
     def _threshold_has_a_model(self) -> DiversityConfig:
         if self.threshold is not None and self.equivalence is None:
             raise ValueError("threshold: has no model to go with; give equivalence, or remove it")
+        return self
+
+
+class PreferenceConfig(Section):
+    """One way to like an answer, higher is better: exactly one key.
+
+    `words`: fewer or more of them. `mentions`, `avoids`: the share of an answer's words that are among these. `model`:
+    the score of a reward model, a local checkpoint with one output.
+    """
+
+    words: Literal["fewer", "more"] | None = None
+    mentions: list[str] | None = None
+    avoids: list[str] | None = None
+    model: str | None = Field(default=None, min_length=1)
+
+    @field_validator("mentions", "avoids")
+    @classmethod
+    def _single_words(cls, value: list[str] | None) -> list[str] | None:
+        for word in value or ():
+            if words_of(word) != [word.lower()]:
+                raise ValueError(f"found {word!r}, wanted single words: letters and digits, no punctuation")
+        if value is not None and not value:
+            raise ValueError("found none; name at least one word")
+        return value
+
+    @model_validator(mode="after")
+    def _one_key(self) -> PreferenceConfig:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "nothing"
+            raise ValueError(f"found {found}, wanted exactly one of words, mentions, avoids, model")
         return self
 
 

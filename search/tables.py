@@ -49,8 +49,9 @@ def front_table(board: Board, split: str | None = None) -> str:
 
 def _metrics(board: Board, split: Split) -> list[tuple[str, bool | None]]:
     known = dict(board.objectives)
-    extra = [] if split == "search" else [name for name in ("brier", "nll", "auroc") if name not in known]
-    return [*board.objectives, *((name, None) for name in extra)]
+    extra = [] if split == "search" else ["brier", "nll", "auroc"]
+    extra += board.preferences
+    return [*board.objectives, *((name, None) for name in extra if name not in known)]
 
 
 def _label(row: Row) -> str:

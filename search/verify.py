@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from objectives.diversity import DIVERSITY_NAMES
 from objectives.evaluator import Evaluation, Evaluator
 from objectives.metrics import get_metric
 from objectives.scoring import Scorer
@@ -163,7 +162,7 @@ class ExportedStudy:
     def _metrics(self, measured: Evaluation, stored: Evaluation) -> Iterator[str]:
         tasks = self.store.attribute("facts")["tasks"]
         for name, _ in self.store.attribute("objectives"):
-            if name in DIVERSITY_NAMES:
+            if name in self.config.sampled_objectives:
                 continue  # answers are not sampled again: the log-likelihoods prove the weights
             metric = get_metric(str(name), tasks=tasks)
             now, then = metric.value(measured.outcomes), metric.value(stored.outcomes)

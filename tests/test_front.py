@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from search.errors import ConfigError, EvaluationError
-from search.front import best, hypervolume, hypervolume_batch, knee, non_dominated, prefer
+from search.front import _sliced, best, hypervolume, hypervolume_batch, knee, non_dominated, prefer
 
 LAW = settings(deadline=None, max_examples=60)  # no deadline: the machine may be busy
 
@@ -177,7 +177,23 @@ def test_points_outside_the_reference_add_nothing() -> None:
     assert hypervolume([[2.0], [3.0], [-1.0]], [1.0], maximise=(True,)) == 2.0
 
 
-@pytest.mark.parametrize("m", [1, 2, 3])
+@pytest.mark.parametrize("m", [5, 6, 8])
+def test_many_objectives_equal_slices(m: int) -> None:
+    random = np.random.default_rng(m)
+    points = random.random((9, m))
+    points[3] = points[2]
+    points[4, 0] = np.nan
+    points[5, 1] = 2.0  # outside
+    kept = np.delete(points, [4, 5], axis=0)
+    maximise, ref = (False,) * m, np.ones(m)
+    found = hypervolume(points, ref, maximise=maximise)
+    assert found == pytest.approx(_sliced(kept, ref), rel=1e-12)
+    assert hypervolume(-points, -ref, maximise=(True,) * m) == pytest.approx(found, rel=1e-12)
+    assert hypervolume(np.empty((0, m)), ref, maximise=maximise) == 0.0
+    assert hypervolume(points + 2.0, ref, maximise=maximise) == 0.0
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 6])
 def test_batch_is_one_by_one(m: int) -> None:
     random = np.random.default_rng(m)
     stack = random.normal(size=(30, 12, m))

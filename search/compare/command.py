@@ -48,9 +48,7 @@ def compare(
     Raises:
         ConfigError: engines, budget or objectives do not fit, before anything is scored.
     """
-    from objectives.diversity import DIVERSITY_NAMES
-
-    if sampled := [name for name in config.objectives if name in DIVERSITY_NAMES]:
+    if sampled := config.sampled_objectives:
         raise ConfigError(
             f"compare: {sampled[0]} is measured on sampled answers; leave it out of the objectives."
         )
