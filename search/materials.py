@@ -67,8 +67,8 @@ class Materials:
         """Opens parents and questions.
 
         Raises:
-            CheckpointError, IncompatibleModelsError, MergeError: the parents cannot be read or merged, or a reward model
-                is none.
+            CheckpointError, IncompatibleModelsError, MergeError: the parents cannot be read or merged, or what is given
+                as a reward model is none.
             ConfigError: the questions cannot be read, an objective names an unknown task, or `racing` or `fidelity`
                 wants more of the search split than there is.
         """

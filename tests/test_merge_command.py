@@ -289,8 +289,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     refused(2, "--expert math: given twice", "ties", *base, both[0], both[0])
     refused(2, "--expert pre: wanted a name", "ties", *base, f"--expert=pre={models['math']}")
     refused(2, "wanted math=...", "wudi", *base, f"--expert={models['math']}")
-    refused(2, "slerp: merges at most 1 experts, found 2", "slerp", *base, *both)
-    refused(2, "karcher: merges at least 2 experts, found 1", "karcher", *base, both[0])
+    refused(2, "slerp merges a single expert, found 2", "slerp", *base, *both)
+    refused(2, "karcher merges at least 2 experts, found 1", "karcher", *base, both[0])
     refused(2, "linear of one expert needs one", "linear", *base, both[0])
     refused(
         3,

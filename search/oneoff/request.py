@@ -75,10 +75,9 @@ def read_request(
         raise ConfigError(f"'{method}' is no merge method. {_nearest(method, KNOWN)}")
     places = _experts(experts)
     if method in METHODS:
-        kind = METHODS[method]
-        if not kind.least <= len(places) <= kind.most:
-            wanted = f"at least {kind.least}" if len(places) < kind.least else f"at most {kind.most}"
-            raise ConfigError(f"{method}: merges {wanted} experts, found {len(places)}.")
+        fault = METHODS[method].fault(len(places))
+        if fault is not None:
+            raise ConfigError(f"{fault}.")
     options = _options(method, settings)
     return Request(method, pre, places, _coefficients(method, options, places, weights), options)
 
