@@ -123,7 +123,7 @@ def test_it_begins_with_a_space_filling_design() -> None:
 
 
 def test_the_line_is_refined_evenly_without_the_baselines() -> None:
-    engine = LineEngine(GROUPS, (-0.2, 1.2))
+    engine = LineEngine(GROUPS, (-0.2, 1.2), {})
     history: list[TrialRecord] = []
     for number in range(40):
         coefficients = engine.propose(history, number).coefficients
