@@ -315,7 +315,12 @@ def provenance(config: StudyConfig, parents: Parents) -> dict[str, dict[str, str
     every = zip(config.parents.places.items(), parents.everybody, parents.revisions, strict=True)
     for (label, where), one, revision in every:
         licence = _licence(one.folder / "README.md")
-        found[label] = {"where": where, "revision": revision, "sha256": one.sha256(), "licence": licence}
+        found[label] = {
+            "where": where,
+            "revision": revision,
+            "sha256": parents.sha256_of(label),
+            "licence": licence,
+        }
     return found
 
 

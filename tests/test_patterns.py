@@ -12,8 +12,42 @@ from hypothesis import strategies as st
 
 from search.merging.patterns import LONGEST, Pattern
 
-_PIECES = ["a", "b", "q_proj", "0", "_", "-", "\\.", "\\d", "\\w", ".", "*", "+", "?", "*?", "|", "(", "(?:", ")"]
-_PIECES += ["[", "]", "[a-b0]", "[^a]", "^", "$", "layers", "\\", "{2}", "\\1", "(?=", "a*", "(a|b)*", "(ab?)+"]
+_PIECES = [
+    "a",
+    "b",
+    "q_proj",
+    "0",
+    "_",
+    "-",
+    "\\.",
+    "\\d",
+    "\\w",
+    ".",
+    "*",
+    "+",
+    "?",
+    "*?",
+    "|",
+    "(",
+    "(?:",
+    ")",
+]
+_PIECES += [
+    "[",
+    "]",
+    "[a-b0]",
+    "[^a]",
+    "^",
+    "$",
+    "layers",
+    "\\",
+    "{2}",
+    "\\1",
+    "(?=",
+    "a*",
+    "(a|b)*",
+    "(ab?)+",
+]
 
 
 def by_peft(pattern: str, name: str) -> bool:
@@ -57,8 +91,10 @@ def test_patterns_that_people_write(pattern: str, matching: set[int]) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(", ")", "a)|(b", "[", "[a", "[z-a]", "*", "a**", "a{2}", r"\b", r"\1", "(?=a)", "(?P<n>a)", "^*"]
-    + ["(a*)*", "(a+b)+", "((a|b*))*", "a\n", "(" * 9 + ")" * 9, "a" * (LONGEST + 1), "\\", "[]a]", "a*+"],
+    [
+        *("(", ")", "a)|(b", "[", "[a", "[z-a]", "*", "a**", "a{2}", r"\b", r"\1", "(?=a)", "(?P<n>a)", "^*"),
+        *("(a*)*", "(a+b)+", "((a|b*))*", "a\n", "(" * 9 + ")" * 9, "a" * (LONGEST + 1), "\\", "[]a]", "a*+"),
+    ],
 )
 def test_what_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]+$"):

@@ -1,10 +1,10 @@
 """Patterns of module names out of an adapter's config: peft's rule, in time that no pattern can stretch.
 
 peft matches `rank_pattern` and `alpha_pattern` as regular expressions, `re.match(rf"(.*\\.)?({pattern})$", module)`. A
-pattern from a stranger can keep Python's engine busy for years, so those here are a subset with the same meaning: letters
-and other plain characters, `.`, `\\d`, `\\w`, escaped punctuation, `[...]`, `( | )`, `(?: )`, `*`, `+`, `?`, their lazy
-forms, `^` and `$`. A repetition within a repetition, everything else, and 257 characters are refused. All positions of a
-name are tracked at once, as bits of an integer, instead of one after the other.
+pattern from a stranger can keep Python's engine busy for years, so those here are a subset with the same meaning:
+letters and other plain characters, `.`, `\\d`, `\\w`, escaped punctuation, `[...]`, `( | )`, `(?: )`, `*`, `+`, `?`,
+their lazy forms, `^` and `$`, in 256 characters at most. Everything else is refused, and so is a repetition within a
+repetition. All positions of a name are tracked at once, as bits of an integer, instead of one after the other.
 """
 
 from __future__ import annotations
@@ -224,7 +224,11 @@ class _Parser:
                 chars |= self._escaped().chars
             elif char not in _WORDS and char not in ".-/":
                 raise ValueError(f"{char!r} in [ ]")
-            elif char in _WORDS and self._next() == "-" and self._text[self._place + 1 : self._place + 2] != "]":
+            elif (
+                char in _WORDS
+                and self._next() == "-"
+                and self._text[self._place + 1 : self._place + 2] != "]"
+            ):
                 self._take()
                 last = self._take()
                 if last not in _WORDS or last < char:
