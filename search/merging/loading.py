@@ -68,7 +68,7 @@ def load_model(
 
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
-    """The folder, or its files without a stray adapter_config.json: where peft is installed, transformers obeys that."""
+    """The folder, or its files without a stray adapter_config.json: transformers obeys that where peft is installed."""
     if not (folder / ADAPTER_CONFIG).exists():
         yield folder
         return
