@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ class Adapter:
         """
         folder = checked_folder(folder)
         fitting = _Fitting(folder, LoraConfig.read(folder), _Base.of(base))
-        parts: dict[str, _Parts] = {}
+        parts: dict[str, dict[str, torch.Tensor]] = {}
         whole: dict[str, torch.Tensor] = {}
         for key, tensor in read_tensors(folder).items():
             match = _PART.fullmatch(key)
@@ -62,7 +62,7 @@ class Adapter:
                 continue
             module = match["module"].removeprefix(_PREFIX)
             side = f"{'embedding_' if match['embedding'] else ''}{match['side']}"
-            if side in (sides := parts.setdefault(module, _Parts()).sides):
+            if side in (sides := parts.setdefault(module, {})):
                 raise _twice(folder, f"{module}.lora_{side}")
             sides[side] = tensor
         pairs: dict[str, tuple[torch.Tensor, torch.Tensor, float, bool]] = {}
@@ -111,11 +111,6 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             return {key: opened.get_tensor(key) for key in sorted(opened.keys())}
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({shown(str(error))}). {_AGAIN}") from error
-
-
-@dataclass
-class _Parts:
-    sides: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,7 +184,9 @@ class _Fitting:
         checkpoint.check_float(stored)
         return stored
 
-    def pair(self, module: str, parts: _Parts) -> tuple[str, tuple[torch.Tensor, torch.Tensor, float, bool]]:
+    def pair(
+        self, module: str, sides: Mapping[str, torch.Tensor]
+    ) -> tuple[str, tuple[torch.Tensor, torch.Tensor, float, bool]]:
         """The stored tensor that a pair belongs to, and the pair."""
         name = f"{module}.weight"
         kind = self.base.modules.get(module)
@@ -206,13 +203,13 @@ class _Fitting:
                 "Merge it into its base with peft (`merge_and_unload()`, then `save_pretrained`)."
             )
         wanted = ("embedding_A", "embedding_B") if embedding else ("A", "B")
-        if set(parts.sides) != set(wanted):
+        if set(sides) != set(wanted):
             self.known(name)
             raise CheckpointError(
-                f"{self.folder}: {shown(name)} has {' and '.join('lora_' + side for side in sorted(parts.sides))}, "
+                f"{self.folder}: {shown(name)} has {' and '.join('lora_' + side for side in sorted(sides))}, "
                 f"wanted the two halves of a LoRA pair, lora_{wanted[0]} and lora_{wanted[1]}. {_AGAIN}"
             )
-        a, b = (parts.sides[side] for side in wanted)
+        a, b = (sides[side] for side in wanted)
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
             raise CheckpointError(
                 f"{self.folder}: {shown(name)}: LoRA of shapes {shown(str(tuple(a.shape)))} and "
