@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,21 +23,32 @@ MIB = 2**20
 
 
 @contextmanager
-def locked_folder(out: Path) -> Iterator[None]:
+def locked_folder(
+    out: Path,
+    *,
+    stale: str = "trial-*",
+    other: str = "another export into this folder",
+    remedy: str = "Give another --out.",
+) -> Iterator[None]:
     """Makes the folder and holds it for this process alone; clears away what dead processes left in it.
 
     Another process that asks meanwhile waits. The system lets go of the lock when this process ends, however it ends,
     so whatever unfinished folder lies there belongs to nobody. (Where a file system has no locks, nothing is cleared;
     the rename still lets only one of two exports win.)
 
+    Args:
+        stale: names (a glob) of the folders that are staged here; unfinished ones of these names are cleared away.
+        other: what this process says that it waits for.
+        remedy: what to do when the folder cannot be made or opened.
+
     Raises:
         ExportError: `out` is no folder. DiskError: it cannot be made or written.
     """
-    made = _make(out)
-    handle, locked = _lock(out)
+    made = _make(out, remedy)
+    handle, locked = _lock(out, other, remedy)
     try:
         if locked:
-            _clear(out)
+            _clear(out, stale)
         yield
     except BaseException:
         with suppress(OSError):  # empty ones only: what was exported before the error stays
@@ -56,7 +68,8 @@ def staged_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ExportError: `final` exists, and not `overwrite`. DiskError: no space or no permission.
     """
-    staging = final.with_name(f".{final.name}.{os.getpid()}{_PART}")
+    # Not the process alone: a killed one may have had its number, or one in another container have it now.
+    staging = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}{_PART}")
     try:
         with disk_errors(final):
             staging.mkdir()
@@ -158,7 +171,7 @@ def _put(staging: Path, final: Path, overwrite: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _make(out: Path) -> list[Path]:
+def _make(out: Path, remedy: str) -> list[Path]:
     """Makes the folder; returns the folders that were made, the innermost first."""
     if out.exists() and not out.is_dir():
         raise ExportError(f"{out}: is a file. Give a folder.")
@@ -168,31 +181,34 @@ def _make(out: Path) -> list[Path]:
     except (FileExistsError, NotADirectoryError) as error:
         raise ExportError(f"{out}: a part of this path is a file. Give a folder.") from error
     except OSError as error:
-        raise DiskError(f"{out}: folder cannot be made: {error.strerror}. Give another --out.") from error
+        raise DiskError(f"{out}: folder cannot be made: {error.strerror}. {remedy}") from error
     return missing
 
 
-def _lock(out: Path) -> tuple[int, bool]:
+def _lock(out: Path, other: str, remedy: str) -> tuple[int, bool]:
     """A handle of the folder, and whether it is locked."""
     while True:
-        handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        except PermissionError as error:
+            raise DiskError(f"{out}: folder cannot be opened: {error.strerror}. {remedy}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("%s: waiting for another export into this folder", out)
+            logger.info("%s: waiting for %s", out, other)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a network file system that locks no folders
             return handle, False
         if out.exists() and os.path.samestat(os.fstat(handle), out.stat()):
             return handle, True
         os.close(handle)  # the other one failed and took the folder away again
-        _make(out)
+        _make(out, remedy)
 
 
-def _clear(out: Path) -> None:
-    for path in out.glob(f".trial-*{_PART}"):
+def _clear(out: Path, stale: str) -> None:
+    for path in out.glob(f".{stale}{_PART}"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in out.glob(f".trial-*{_OLD}"):
+    for path in out.glob(f".{stale}{_OLD}"):
         _settle(path, path.with_name(path.name.removeprefix(".").removesuffix(_OLD)))
 
 

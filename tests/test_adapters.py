@@ -14,18 +14,21 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from search.board import read_board
 from search.config import load_study_file
 from search.errors import CheckpointError, IncompatibleModelsError, MergeError
 from search.export import export_rows
-from search.merging.adapters import CONFIG, WEIGHTS, average_adapters, merged_adapter
+from search.merging.adapters import average_adapters, merged_adapter
+from search.merging.checkpoint import ADAPTER_CONFIG as CONFIG
+from search.merging.checkpoint import ADAPTER_WEIGHTS as WEIGHTS
 from search.merging.checkpoint import Checkpoint
+from search.merging.lora_config import _KNOWN, _MORE
 from search.merging.parents import Parents
 from search.opening import create
 from search.study import run
-from tests.pico import save_pico
+from tests.pico import VOCAB, save_pico
 from tests.pico_study import write_questions, write_study
 from tests.test_mergekit_config import differing, loaded
 
@@ -65,8 +68,14 @@ def by_peft(pre: Path, folder: Path) -> dict[str, torch.Tensor]:
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+        {"alpha_pattern": {r"layers\.[1-9]\..*(q|up)_proj": 3, "q_proj": 5}, "use_rslora": True},
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "down_proj.weight"]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "eva"},
+        {"init_lora_weights": False},
     ],
-    ids=lambda config: "-".join(config) or "plain",
+    ids=lambda config: "-".join([*config, str(config.get("init_lora_weights", ""))]).strip("-") or "plain",
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_is_merged_as_peft_merges_it(config: dict[str, Any], dtype: str, tmp_path: Path) -> None:
@@ -85,6 +94,131 @@ def test_an_adapter_is_merged_as_peft_merges_it(config: dict[str, Any], dtype: s
     _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert merged_adapter(adapter, Checkpoint.open(pre)) == folder  # found again, not made again
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model.eval()(input_ids=torch.arange(3, 60).view(3, -1)).logits
+    return found
+
+
+def trained_logits(pre: Path, folder: Path) -> torch.Tensor:
+    """What the model computes that was trained: the adapter beside its base, not merged."""
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pre), folder))
+
+
+def merged_logits(pre: Path, folder: Path) -> torch.Tensor:
+    return logits(AutoModelForCausalLM.from_pretrained(merged_adapter(folder, Checkpoint.open(pre))))
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_layers_are_turned_as_the_model_has_them_not_as_the_config_says(
+    tmp_path: Path, fan_in_fan_out: bool
+) -> None:
+    """GPT-2 has Conv1D but a linear head; peft's config then says what the last of them needed."""
+    pre = tmp_path / "gpt2"
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64}
+    config = GPT2Config(**sizes, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(pre)
+    modules = ["c_attn", "c_proj", "c_fc", "lm_head", "wte"]
+    folder = save_adapter(pre, tmp_path / "a", target_modules=modules, fan_in_fan_out=fan_in_fan_out)
+    for said in (True, False):
+        edited(folder, fan_in_fan_out=said)
+        torch.testing.assert_close(merged_logits(pre, folder), trained_logits(pre, folder), rtol=0, atol=1e-5)
+    edited(folder, target_parameters=["c_attn.weight"])
+    with pytest.raises(CheckpointError, match=r"LoRA of a parameter \(target_parameters\) of a Conv1D"):
+        merged_adapter(folder, Checkpoint.open(pre))
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "gpt_neox"])
+def test_other_architectures(arch: str, tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", arch, tied=False)
+    modules = {"gemma3": ["q_proj", "embed_tokens", "lm_head"], "gpt_neox": ["query_key_value", "dense"]}[
+        arch
+    ]
+    folder = save_adapter(pre, tmp_path / "a", target_modules=modules, bias="all")
+    torch.testing.assert_close(merged_logits(pre, folder), trained_logits(pre, folder), rtol=0, atol=1e-5)
+
+
+UNTIED_ADVICE = r"shares between input embedding and head .* Save the base untied"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+    ids=lambda config: "-".join(f"{key}:{value}" for key, value in config.items()),
+)
+def test_embeddings_that_the_base_ties(config: dict[str, Any], tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0, tied=True)
+    folder = save_adapter(pre, tmp_path / "adapter", **config)
+    with pytest.raises(CheckpointError, match=UNTIED_ADVICE) as error:
+        merged_adapter(folder, Checkpoint.open(pre))
+    assert "\n" not in str(error.value)
+    # The advice is right: an untied copy of the base merges to what was trained.
+    model = AutoModelForCausalLM.from_pretrained(pre)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+    assert "lm_head.weight" in Checkpoint.open(tmp_path / "untied").names
+    torch.testing.assert_close(
+        merged_logits(tmp_path / "untied", folder), trained_logits(pre, folder), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_are_saved_but_not_changed(tied: bool, tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0, tied=tied)
+    folder = save_adapter(pre, tmp_path / "adapter", ensure_weight_tying=True)
+    tensors = load_file(folder / WEIGHTS)
+    embedding = loaded(pre)["model.embed_tokens.weight"]
+    head = embedding if tied else loaded(pre)["lm_head.weight"]
+    extra = {"model.embed_tokens.weight": embedding.clone(), "lm_head.weight": head.clone()}
+    save_file(tensors | {f"base_model.model.{key}": value for key, value in extra.items()}, folder / WEIGHTS)
+    torch.testing.assert_close(merged_logits(pre, folder), trained_logits(pre, folder), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_that_changes_the_base_is_refused_and_its_conversion_is_not(
+    start: str, tmp_path: Path
+) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0, tied=False)
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pre), LoraConfig(init_lora_weights=start, **settings)
+    )
+    model.peft_config[
+        "default"
+    ].init_lora_weights = True  # as peft's guide has it: the start, for its difference
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "asis")
+    wanted = logits(model)
+    with pytest.raises(
+        CheckpointError, match=f"init_lora_weights: found '{start}', wanted true, false or one"
+    ):
+        merged_adapter(tmp_path / "asis", Checkpoint.open(pre))
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    torch.testing.assert_close(merged_logits(pre, tmp_path / "converted"), wanted, rtol=0, atol=1e-4)
+
+
+def test_every_key_of_peft_is_known() -> None:
+    """A key that a new peft adds must be judged before its adapters are merged."""
+    assert set(LoraConfig().to_dict()) <= _KNOWN | set(_MORE)
 
 
 def test_the_product_is_exact(tmp_path: Path) -> None:
@@ -161,7 +295,7 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
         (edited(copy("a"), peft_type="IA3"), "of type 'IA3', wanted LORA"),
         (edited(copy("b"), use_dora=True), r"LoRA with DoRA \(use_dora\)"),
         (edited(copy("c"), lora_alpha="many"), "lora_alpha: found 'many'"),
-        (with_tensors("d", {key.format("A"): None}), "one half of a LoRA pair"),
+        (with_tensors("d", {key.format("A"): None}), "has lora_B, wanted the two halves of a LoRA pair"),
         (
             with_tensors("e", {key.format("A"): torch.zeros(4, 9)}),
             r"q_proj.weight: shape \(32, 9\) but \(32, 32\)",
@@ -219,4 +353,11 @@ def test_separate_averages_have_cross_terms(tmp_path: Path) -> None:
         average_adapters(folders, [0.5, 0.5], tmp_path / "again")
     with pytest.raises(MergeError, match="2 adapters with weights"):
         average_adapters(folders, [0.5], tmp_path / "again")
+    edited(folders[1], lora_alpha=6)
+    with pytest.raises(MergeError, match="a sum of the adapters is not finite"):
+        average_adapters(folders, [1e38, 1e38 * 1000], tmp_path / "again")
+    edited(folders[1], init_lora_weights="pissa")
+    with pytest.raises(CheckpointError, match="init_lora_weights: found 'pissa'"):
+        average_adapters(folders, [0.5, 0.5], tmp_path / "again")
     assert not (tmp_path / "again").exists()
+    assert not list(tmp_path.glob(".*.part"))

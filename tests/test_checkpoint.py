@@ -319,6 +319,11 @@ def test_good_file_whose_first_bytes_look_like_a_pickle(saved: tuple[Path, Path]
 def test_adapter_is_named_as_such(saved: tuple[Path, Path], tmp_path: Path) -> None:
     folder = copy(saved[0], tmp_path / "model")
     (folder / "adapter_config.json").write_text("{}")
+    assert Checkpoint.open(folder).names  # a stray one, beside the weights of a whole model
+    (folder / "adapter_model.safetensors").touch()
+    assert "PEFT adapter" in refused(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / SINGLE).unlink()
     assert "PEFT adapter" in refused(folder)
 
 

@@ -24,6 +24,7 @@ from search.merging.header import Entry, read_header, shown, unique_pairs
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 # What this project or transformers may read from a model folder; a link with such a name must not lead out.
@@ -57,9 +58,8 @@ class Checkpoint:
         Raises:
             CheckpointError: anything in the folder is missing, broken or unsafe; names the file or tensor.
         """
-        folder = _existing(Path(folder))
-        _refuse_escaping_links(folder)
-        if (folder / "adapter_config.json").exists():
+        folder = checked_folder(Path(folder))
+        if is_adapter(folder):
             raise CheckpointError(
                 f"{folder}: a PEFT adapter, not a checkpoint. Merge it into its base model first "
                 "(`merge_and_unload()`, then `save_pretrained`)."
@@ -242,6 +242,28 @@ def _sections(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[s
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _sections(value, f"{prefix}{shown(key)}.")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter: its config and its weights, or its config and no weights of a model.
+
+    Training scripts leave an adapter_config.json beside merged weights; that is a checkpoint.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    own = (folder / ADAPTER_WEIGHTS).exists() or (folder / "adapter_model.bin").exists()
+    return own or not ((folder / SINGLE).exists() or (folder / INDEX).exists())
+
+
+def checked_folder(folder: Path) -> Path:
+    """The absolute path of a model's or an adapter's folder, links resolved.
+
+    Raises:
+        CheckpointError: no such folder, or a link in it leads out.
+    """
+    folder = _existing(folder)
+    _refuse_escaping_links(folder)
+    return folder
 
 
 def _existing(folder: Path) -> Path:

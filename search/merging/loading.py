@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from search.errors import MergefrontError
+from search.merging.checkpoint import ADAPTER_CONFIG
 from search.merging.header import shown
 from search.merging.layout import attention
 
@@ -39,16 +42,17 @@ def load_model(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention(config),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _without_adapter(folder) as seen:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(seen),
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention(config),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as problem:
         reason = shown(str(problem).strip().splitlines()[0])
         raise error(f"{folder}: the model does not load ({reason}).") from problem
@@ -60,3 +64,16 @@ def load_model(
             raise error(f"{folder}: {shown(str(key))}: {kind.replace('_', ' ')} on loading.")
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """The folder, or its files without a stray adapter_config.json: transformers obeys that where peft is installed."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        yield folder
+        return
+    with TemporaryDirectory() as seen:
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".safetensors") and not path.name.startswith("adapter_"):
+                (Path(seen) / path.name).symlink_to(path.resolve())
+        yield Path(seen)

@@ -21,7 +21,7 @@ def origins(places: Mapping[str, str], parents: Parents) -> dict[str, dict[str, 
         found[label] = {
             "where": places[label],
             "revision": revision,
-            "sha256": one.sha256(),
+            "sha256": parents.sha256_of(label),
             "licence": licence,
         }
     return found

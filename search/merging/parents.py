@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from search.errors import CheckpointError, IncompatibleModelsError
-from search.merging.adapters import is_adapter, merged_adapter
-from search.merging.checkpoint import Checkpoint, dtype_name
+from search.merging.adapters import adapter_digest, merged_adapter
+from search.merging.checkpoint import Checkpoint, dtype_name, is_adapter
 from search.merging.header import shown
 from search.merging.hub import resolve
 from search.merging.layout import empty_model, load_config, read_layout, same_layout
@@ -174,14 +174,23 @@ class Parents:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over all parents' weights and configs and the tokenizer that scores."""
+        """SHA-256 over what all parents are (`sha256_of`) and the tokenizer that scores."""
         whole = hashlib.sha256()
-        for one in self.everybody:
-            whole.update(one.sha256().encode())
+        for label in self.labels:
+            whole.update(self.sha256_of(label).encode())
         tokenizer: Any = self.tokenizer()
         whole.update(tokenizer.backend_tokenizer.to_str().encode())
         whole.update(repr(getattr(tokenizer, "chat_template", None)).encode())
         return whole.hexdigest()
+
+    def sha256_of(self, label: str) -> str:
+        """SHA-256 over a parent's weights and config; of an adapter, over the base's and its own, not the merged ones.
+
+        So it is the same on every machine.
+        """
+        if label in self.adapters:
+            return adapter_digest(self.adapters[label], self.pre)
+        return (self.pre if label == "pre" else self.experts[label]).sha256()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The first expert's tokenizer: it scores, and it is shipped."""
