@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: compare help install quickstart test test-all lint smollm2 bench clean
+.PHONY: anchors compare help install quickstart test test-all lint smollm2 bench clean
 
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all    the slow tests, too"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
 	@echo "make compare     engines at equal scored tokens on the quickstart's pair"
+	@echo "make anchors     Functional Dual Anchors beside other merges and controls, three seeds (about 25 minutes)"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on the 135M pair (about 40 minutes)"
 
 install: $(VENV)/.product
@@ -53,6 +54,9 @@ smollm2: $(VENV)/.prepare
 	$(BIN)/mergefront calibrate smollm2-135m --method all --select post --select knee
 	$(BIN)/mergefront report smollm2-135m --out runs/smollm2-135m/report
 	$(BIN)/mergefront export smollm2-135m --all --overwrite --out runs/smollm2-135m/export
+
+anchors: $(VENV)/.product
+	$(BIN)/python studies/functional-dual-anchors/run.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
