@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: anchors compare help install quickstart test test-all lint smollm2 bench clean
+.PHONY: anchors compare help install quickstart test test-all lint smollm2 soups soups-lora bench clean
 
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
@@ -14,6 +14,7 @@ help:
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
 	@echo "make compare     engines at equal scored tokens on the quickstart's pair"
 	@echo "make anchors     Functional Dual Anchors beside other merges and controls, three seeds (about 25 minutes)"
+	@echo "make soups       six experts of one base, and a merge for every taste (about 25 minutes on two cores)"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on the 135M pair (about 40 minutes)"
 
 install: $(VENV)/.product
@@ -57,6 +58,18 @@ smollm2: $(VENV)/.prepare
 
 anchors: $(VENV)/.product
 	$(BIN)/python studies/functional-dual-anchors/run.py
+
+SOUPS := PYTHONPATH=studies/quickstart $(BIN)/python studies/personalized-soups
+
+soups: $(VENV)/.product
+	$(SOUPS)/soups.py --seeds 3 --workers 2
+
+$(VENV)/.peft: $(VENV)/.product
+	$(PIP) --editable '.[prepare]'
+	@touch $@
+
+soups-lora: $(VENV)/.peft
+	$(SOUPS)/lora.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
