@@ -125,7 +125,7 @@ def merge(
         str,
         typer.Argument(
             metavar="METHOD",
-            help="Any method of a study file, such as ties, or tsv, wudi, fda (see README.md).",
+            help="Any method of a study file, such as ties, or tsv, wudi, fda, lora_separate (see README.md).",
         ),
     ],
     pre: Annotated[str, typer.Option("--pre", metavar="DIR", help="The pre-trained model, or a hub id.")],

@@ -28,6 +28,7 @@ from search.merging.lora_config import _KNOWN, _MORE
 from search.merging.parents import Parents
 from search.opening import create
 from search.study import run
+from tests.conftest import Cli
 from tests.pico import VOCAB, save_pico
 from tests.pico_study import write_questions, write_study
 from tests.test_mergekit_config import differing, loaded
@@ -361,3 +362,23 @@ def test_separate_averages_have_cross_terms(tmp_path: Path) -> None:
         average_adapters(folders, [0.5, 0.5], tmp_path / "again")
     assert not (tmp_path / "again").exists()
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_merge_of_halves_by_the_command_line(cli: Cli, tmp_path: Path) -> None:
+    pre = save_pico(tmp_path / "pre", seed=0, tied=False)
+    folders = {name: save_adapter(pre, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
+    start = ["merge", "lora_separate", "--pre", str(pre)]
+    both = [part for name, folder in folders.items() for part in ("--expert", f"{name}={folder}")]
+    code, _, err = cli(*start, *both, "--weight", "a=0.75", "--weight=b=0.25", "--out", str(tmp_path / "out"))
+    assert code == 0, err
+    average_adapters(list(folders.values()), [0.75, 0.25], tmp_path / "mean")
+    wanted = loaded(merged_adapter(tmp_path / "mean", Checkpoint.open(pre)))
+    assert differing(loaded(tmp_path / "out"), wanted) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
+    code, _, err = cli("verify", str(tmp_path / "out"))
+    assert code == 0, err
+    whole = save_pico(tmp_path / "whole", seed=5, tied=False)
+    code, _, err = cli(*start, *both, "--expert", f"c={whole}", "--out", str(tmp_path / "no"))
+    assert code == 2
+    assert "lora_separate: c is a whole checkpoint" in err
+    assert not (tmp_path / "no").exists()

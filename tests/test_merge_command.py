@@ -30,7 +30,7 @@ from search.merging.methods.tsv import merge_tsv
 from search.merging.methods.wudi import merge_wudi
 from search.merging.parents import Parents
 from search.oneoff.bar import MergeBar
-from search.oneoff.request import KNOWN, read_request
+from search.oneoff.request import KNOWN, SEPARATE, read_request
 from search.oneoff.singular import linear_layers
 from tests.conftest import Cli
 from tests.pico import CHAT_TEMPLATE, pico_tokenizer, save_experts, save_pico
@@ -78,7 +78,7 @@ def content(folder: Path) -> dict[str, bytes]:
 # -- every method --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", KNOWN)
+@pytest.mark.parametrize("method", [name for name in KNOWN if name != SEPARATE])
 def test_every_method_ships_a_checkpoint_with_all_that_belongs_to_it(
     method: str, cli: Cli, models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from search.anchors.starts import FromExperts, FromMerge, FromPre, Start
 from search.errors import ConfigError, ExportError, IncompatibleModelsError
 from search.manifest import MANIFEST, MERGE, write_manifest
 from search.mergekit_config import MERGEKIT, caveats, config_text, natural, place_of, rebuild_command
+from search.merging.adapters import average_adapters
 from search.merging.blend import make_blend
 from search.merging.checkpoint import Checkpoint, dtype_name
+from search.merging.lora import Adapter
+from search.merging.methods.linear import check_fits
 from search.merging.methods.table import METHODS
 from search.merging.origin import origins
 from search.merging.parents import Parents, compare_experts
@@ -26,7 +30,7 @@ from search.merging.placement import SPREAD, choose_device
 from search.merging.save import check_saved, save_checkpoint, size_of
 from search.merging.writing import save_tensors
 from search.oneoff.bar import MergeBar
-from search.oneoff.request import FDA, START, WUDI, Request
+from search.oneoff.request import FDA, SEPARATE, START, WUDI, Request
 from search.oneoff.singular import Singular
 from search.staging import check_space, lone_folder
 
@@ -122,6 +126,8 @@ class _Merge:
         with lone_folder(self._place.out, overwrite=self._place.overwrite) as folder:
             if self._request.method in METHODS:
                 self._blend(folder)
+            elif self._request.method == SEPARATE:
+                self._separate(folder)
             else:
                 self._singular(folder)
             check_saved(folder, self._parents, self._dtype)
@@ -161,6 +167,25 @@ class _Merge:
             return tensors.tensor(name)
 
         save_tensors(self._parents.post, names, tensor, self._dtype, folder)
+
+    def _separate(self, folder: Path) -> None:
+        parents = self._parents
+        whole = [label for label in parents.experts if label not in parents.adapters]
+        if whole:
+            raise ConfigError(
+                f"{SEPARATE}: {whole[0]} is a whole checkpoint (wanted LoRA adapters, whose halves are averaged)."
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            mean = Path(scratch) / "mean"
+            average_adapters(list(parents.adapters.values()), self._request.coefficients, mean)
+            adapter = Adapter.open(mean, parents.pre)
+
+        def tensor(name: str) -> torch.Tensor:
+            found = adapter.apply(parents.pre, name).to(self._dtype, copy=True)
+            check_fits(found, name)
+            return found
+
+        save_tensors(parents.post, parents.names, tensor, self._dtype, folder)
 
     def _begin(self) -> Start:
         start = self._request.options[START]

@@ -2,8 +2,8 @@
 
     asked = read_request("ties", "./base", ["math=./math", "code=./code"], ["math=0.7"], ["density=0.3"])
 
-Methods are those of `search.merging.methods.table` and three that work on whole sets of task vectors and are no
-searchable element-wise methods: `tsv`, `wudi` and `fda`.
+Methods are those of `search.merging.methods.table` and four that no study can search: `tsv`, `wudi` and `fda`, which
+work on whole sets of task vectors, and `lora_separate`, which works on the halves of adapters.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from search.errors import ConfigError
 from search.merging.methods.table import METHODS, OPTIONS
 from search.strict_yaml import load_yaml
 
-TSV, WUDI, FDA = "tsv", "wudi", "fda"
-KNOWN = (*METHODS, TSV, WUDI, FDA)
+TSV, WUDI, FDA, SEPARATE = "tsv", "wudi", "fda", "lora_separate"
+KNOWN = (*METHODS, TSV, WUDI, FDA, SEPARATE)
 START = "start"
 _EXPERT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _MAX_EXPERTS = 16
@@ -163,7 +163,7 @@ def _defaults(method: str) -> dict[str, Any]:
             **{f"anchors.{name}": value for name, value in anchors.items()},
             **{f"adapt.{name}": value for name, value in adapt.items()},
         }
-    if method in (TSV, WUDI):
+    if method not in METHODS:
         return dict(_WUDI) if method == WUDI else {}
     kind = METHODS[method]
     return {name: OPTIONS[name].default for name in kind.options} | ({"seed": 0} if kind.seeded else {})
