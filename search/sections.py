@@ -17,7 +17,7 @@ PREDICTED = "answers"  # of fidelity.estimator: a model of answers instead of on
 
 MAX_EXPERTS = 16
 # What a row of a board, or a selection, may be called.
-_KINDS = ("pre", "post", "uniform", "search", "alternative", "expert", "knee", "all")
+_KINDS = ("pre", "post", "uniform", "search", "alternative", "knee", "all")
 
 
 class Section(BaseModel):
