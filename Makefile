@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: anchors compare help install quickstart test test-all lint smollm2 soups soups-lora bench clean
+.PHONY: anchors compare help install quickstart test test-all lint smollm2 soups bench clean
 
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
@@ -59,17 +59,8 @@ smollm2: $(VENV)/.prepare
 anchors: $(VENV)/.product
 	$(BIN)/python studies/functional-dual-anchors/run.py
 
-SOUPS := PYTHONPATH=studies/quickstart $(BIN)/python studies/personalized-soups
-
 soups: $(VENV)/.product
-	$(SOUPS)/soups.py --seeds 3 --workers 2
-
-$(VENV)/.peft: $(VENV)/.product
-	$(PIP) --editable '.[prepare]'
-	@touch $@
-
-soups-lora: $(VENV)/.peft
-	$(SOUPS)/lora.py
+	PYTHONPATH=studies/quickstart $(BIN)/python studies/personalized-soups/soups.py --seeds 3 --workers 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

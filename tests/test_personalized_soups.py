@@ -19,7 +19,7 @@ from objectives.preferences import share_of_words
 from search.config import load_study_file
 
 STUDIES = Path(__file__).parents[1] / "studies"
-MODULES = ("world", "train", "prepare", "styles", "tune", "experts", "measure", "soups")
+MODULES = ("world", "train", "prepare", "styles", "tune", "experts", "measure", "soups", "engines")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,18 @@ def test_win_rates(study: dict[str, ModuleType]) -> None:
     np.testing.assert_allclose(found + win_rates(other, one), 1.0)
     assert (win_rates(one, one) == 0.5).all()
     assert (win_rates(one + 9, other) == 1.0).all()
+
+
+def test_shares_of_what_experts_gain(study: dict[str, ModuleType]) -> None:
+    styles, gained = study["styles"], study["engines"].gained
+    base = np.arange(6.0)
+    alone = base + np.array([1.0, -2.0, 3.0, 4.0, 5.0, 6.0])
+    assert gained(dict.fromkeys(styles.COMBINATIONS, alone), base, alone) == 1.0
+    assert gained(dict.fromkeys(styles.COMBINATIONS, base), base, alone) == 0.0
+    wishes = ("expert", "concise", "unfriendly")
+    half = base.copy()
+    half[[1, 2]] = alone[[1, 2]]
+    assert gained({wishes: half}, base, alone) == pytest.approx(2 / 3)
 
 
 @pytest.fixture(scope="module")
