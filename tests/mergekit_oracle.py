@@ -34,6 +34,11 @@ def by_mergekit(
     return result
 
 
+def registry_names() -> list[str]:
+    """All merge methods that mergekit knows."""
+    return sorted(method.spec.name for method in registry.registered_methods())
+
+
 def model_by_mergekit(
     out: Path,
     method: str,

@@ -8,7 +8,7 @@ import torch
 from search.errors import MergeError
 from search.merging.methods.tsv import merge_tsv, tsv_directions
 from search.merging.methods.wudi import merge_wudi, wudi_direction
-from tests.mergekit_oracle import same_bits
+from tests.mergekit_oracle import registry_names, same_bits
 
 
 def family(
@@ -177,3 +177,8 @@ def test_refusals() -> None:
     ):
         with pytest.raises(MergeError):
             call()
+
+
+def test_mergekit_has_neither() -> None:
+    """Once it has, they are compared with it like all others, and may be exported."""
+    assert not {name for name in registry_names() if "tsv" in name or "wudi" in name}

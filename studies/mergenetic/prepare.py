@@ -1,6 +1,6 @@
 """Builds the four experts that `dare-ties.yaml` merges: those of studies/functional-dual-anchors, one seed, offline.
 
-    python studies/mergenetic/prepare.py            # in build/experts/ beside this file; once
+python studies/mergenetic/prepare.py            # in build/experts/ beside this file; once
 """
 
 from __future__ import annotations
