@@ -13,7 +13,7 @@ help:
 	@echo "make test-all    the slow tests, too"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
 	@echo "make compare     engines at equal scored tokens on the quickstart's pair"
-	@echo "make anchors     Functional Dual Anchors beside other merges and controls, three seeds (about 25 minutes)"
+	@echo "make anchors     Functional Dual Anchors beside other merges and controls, three seeds (about half an hour)"
 	@echo "make soups       six experts of one base, and a merge for every taste (about 25 minutes on two cores)"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on the 135M pair (about 40 minutes)"
 

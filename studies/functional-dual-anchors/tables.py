@@ -31,6 +31,7 @@ Floats = NDArray[np.float64]
 STARTS = ("pre", "task arithmetic", "TSV-Merge", "WUDI")
 CONTROLS = ("unoptimised rows", "unoptimised noise", "real data")
 PLAIN = ("pre", "task arithmetic", "TSV-Merge", "WUDI")
+RIVALS = {"pre": ("task arithmetic",), "task arithmetic": ("FDA(pre)", "TSV-Merge")}
 STEPS = (0, 10, 25, 100)
 RESAMPLES = 2000
 Metric = Callable[[Floats], Floats]
@@ -121,12 +122,9 @@ def _controls(results: Results) -> str:
     lines = ["| start | FDA over | difference |", "|---|---|---|"]
     for start in STARTS:
         fda = results.mean(f"FDA({start})")
-        for other in (start, *_controls_of(results, start)):
-            told = (
-                "the start itself"
-                if other == start
-                else f"{other.partition('(')[0]}, {_cell(results.mean(other))}"
-            )
+        for other in (start, *RIVALS.get(start, ()), *_controls_of(results, start)):
+            name = other.removesuffix(f"({start})")
+            told = "the start itself" if other == start else f"{name}, {_cell(results.mean(other))}"
             lines.append(f"| {start} | {told} | {_difference(fda - results.mean(other))} |")
     return "\n".join(lines)
 
