@@ -108,7 +108,7 @@ def get_metric(name: str, tasks: Sequence[str] = (), beside: Collection[str] = (
     """The metric called `name`; `tasks` are the study's task names, in the order of `Outcomes.task`.
 
     Args:
-        beside: names that a misspelt one may have meant, too.
+        beside: names of preferences, which have no task and which a misspelt one may have meant, too.
 
     Raises:
         ConfigError: no such metric or task; the nearest name is suggested.
@@ -119,13 +119,17 @@ def get_metric(name: str, tasks: Sequence[str] = (), beside: Collection[str] = (
     base, at, task = name.partition("@")
     index = None
     if at:
-        if task not in tasks:
+        if task not in tasks and base not in beside:
             raise ConfigError(_unknown(f"objectives: {name}: no task called", task, tasks, "tasks"))
-        index = list(tasks).index(task)
+        index = list(tasks).index(task) if task in tasks else None
     if base in _SIMPLE:
         maximize, worst, function = _SIMPLE[base]
         return Metric(name, maximize, worst, function, index, _TERMS.get(base))
     binned = _BINNED.fullmatch(base)
+    if base in beside:
+        raise ConfigError(
+            f"objectives: {name}: a preference is measured on prompts, which have no task. Write {base}."
+        )
     if binned is None:
         known = (*METRIC_NAMES, "ece:10", "ece:10:mass", *DIVERSITY_NAMES, *beside)
         raise ConfigError(_unknown("objectives: no metric called", base, known, "metrics"))

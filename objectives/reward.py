@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +36,10 @@ class RewardModel:
     def __init__(self, folder: str | os.PathLike[str], *, device: str = "cpu") -> None:
         check_reward_model(folder)
         self._folder = folder
-        self._model, self._tokenizer, digest = load_judge(folder, KIND, device)
+        self._model, self._tokenizer, _ = load_judge(folder, KIND, device)
         self._tokenizer.truncation_side = "left"  # the answer is on the right
         self._template = bool(getattr(self._tokenizer, "chat_template", None))
-        self.title = f"reward model {digest[:12]}"
+        self.title = f"reward model {reward_digest(folder)[:12]}"
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> npt.NDArray[np.float64]:
@@ -67,6 +68,19 @@ class RewardModel:
         except Exception as error:  # a template is a program: it raises what it likes
             reason = " ".join((str(error) or type(error).__name__).split())[:200]
             raise ConfigError(f"{self._folder}: the chat template fails ({reason}).") from error
+
+
+def reward_digest(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 of all that its scores depend on: weights, config, tokenizer, chat template."""
+    from search.merging.checkpoint import Checkpoint, file_sha256
+    from search.merging.writing import TAGALONG
+
+    checkpoint = Checkpoint.open(Path(folder))
+    whole = hashlib.sha256(checkpoint.sha256().encode())
+    for name in TAGALONG:
+        if (checkpoint.folder / name).is_file():
+            whole.update(f"{name} {file_sha256(checkpoint.folder / name)}".encode())
+    return whole.hexdigest()
 
 
 def check_reward_model(folder: str | os.PathLike[str]) -> Any:

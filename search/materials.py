@@ -23,7 +23,7 @@ from objectives.outcomes import Outcomes
 from objectives.power import Power, note_on, powers
 from objectives.preferences import Preference, make_preference
 from objectives.prompts import PromptSet, load_prompts
-from objectives.reward import check_reward_model
+from objectives.reward import check_reward_model, reward_digest
 from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
 from search.baselines import Baseline, baselines
@@ -36,7 +36,7 @@ from search.merging.live import LiveModel
 from search.merging.methods.table import get_method
 from search.merging.origin import origins
 from search.merging.parents import Parents
-from search.merging.placement import choose_device
+from search.merging.placement import SPREAD, choose_device
 from search.space import CoefficientSpace, Recipe
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Materials:
             if judge is not None:
                 found["equivalence"] = Checkpoint.open(Path(judge)).sha256()
         for name, place in reward_models(self.config).items():
-            found[f"preferences.{name}"] = Checkpoint.open(Path(place)).sha256()
+            found[f"preferences.{name}"] = reward_digest(place)
         return found
 
     @cached_property
@@ -293,6 +293,11 @@ class Materials:
             sampler.generate(), self.tokenizer, prompts, self._equivalence, self.preferences
         )
 
+    @property
+    def _judging(self) -> str:
+        """Where models that judge answers run: on one device."""
+        return "cuda" if self.device == SPREAD else self.device
+
     @cached_property
     def preferences(self) -> dict[str, Preference]:
         """What the study's preferences are measured with, by name; reward models are loaded here.
@@ -300,19 +305,17 @@ class Materials:
         Raises:
             CheckpointError: a reward model does not load.
         """
-        device = "cpu" if self.device == "cpu" else "cuda"
         wanted = self.config.preferences or {}
-        return {name: make_preference(one, device) for name, one in wanted.items()}
+        return {name: make_preference(one, self._judging) for name, one in wanted.items()}
 
     @cached_property
     def _equivalence(self) -> Equivalence | None:
         config = self.config.diversity
         if config is None or config.equivalence is None:
             return None
-        device = "cpu" if self.device == "cpu" else "cuda"
         if config.threshold is None:
-            return EntailmentEquivalence(config.equivalence, device=device)
-        return EmbeddingEquivalence(config.equivalence, threshold=config.threshold, device=device)
+            return EntailmentEquivalence(config.equivalence, device=self._judging)
+        return EmbeddingEquivalence(config.equivalence, threshold=config.threshold, device=self._judging)
 
 
 def reward_models(config: StudyConfig) -> dict[str, str]:

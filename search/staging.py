@@ -29,7 +29,7 @@ def locked_folder(
     stale: str = "trial-*",
     other: str = "another export into this folder",
     remedy: str = "Give another --out.",
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Makes the folder and holds it for this process alone; clears away what dead processes left in it.
 
     Another process that asks meanwhile waits. The system lets go of the lock when this process ends, however it ends,
@@ -41,6 +41,9 @@ def locked_folder(
         other: what this process says that it waits for.
         remedy: what to do when the folder cannot be made or opened.
 
+    Yields:
+        whether the folder is held: not where a file system has no locks.
+
     Raises:
         ExportError: `out` is no folder. DiskError: it cannot be made or written.
     """
@@ -49,7 +52,7 @@ def locked_folder(
     try:
         if locked:
             _clear(out, stale)
-        yield
+        yield locked
     except BaseException:
         with suppress(OSError):  # empty ones only: what was exported before the error stays
             for folder in made:
@@ -88,10 +91,11 @@ def lone_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ExportError, DiskError: as `locked_folder` and `staged_folder`.
     """
-    with locked_folder(final.parent):
-        for stale in final.parent.glob(f".{escape(final.name)}.*{_PART}"):
-            shutil.rmtree(stale, ignore_errors=True)
-        _settle(final.with_name(f".{final.name}{_OLD}"), final)
+    with locked_folder(final.parent) as locked:
+        if locked:
+            for stale in final.parent.glob(f".{escape(final.name)}.*{_PART}"):
+                shutil.rmtree(stale, ignore_errors=True)
+            _settle(final.with_name(f".{final.name}{_OLD}"), final)
         with staged_folder(final, overwrite=overwrite) as staging:
             yield staging
 

@@ -382,3 +382,19 @@ def test_a_merge_of_halves_by_the_command_line(cli: Cli, tmp_path: Path) -> None
     assert code == 2
     assert "lora_separate: c is a whole checkpoint" in err
     assert not (tmp_path / "no").exists()
+
+
+def test_what_has_no_halves_is_not_averaged(tmp_path: Path) -> None:
+    """A norm that is saved whole is kept where all adapters agree, and refused where they do not."""
+    pre = save_pico(tmp_path / "pre", seed=0, tied=False)
+    folders = [save_adapter(pre, tmp_path / n, seed=k, modules_to_save=["norm"]) for k, n in enumerate("ab")]
+    with pytest.raises(CheckpointError, match=r"norm.* is saved as a whole and not as in"):
+        average_adapters(folders, [0.5, 0.25], tmp_path / "mean")
+    first, other = (load_file(folder / WEIGHTS) for folder in folders)
+    whole = {name: tensor for name, tensor in first.items() if "lora_" not in name}
+    assert whole
+    save_file({**other, **whole}, folders[1] / WEIGHTS)
+    edited(folders[1], use_rslora=False)
+    average_adapters(folders, [0.5, 0.25], tmp_path / "mean")
+    mean = load_file(tmp_path / "mean" / WEIGHTS)
+    assert all(torch.equal(mean[name], tensor) for name, tensor in whole.items())

@@ -396,3 +396,43 @@ def test_a_merge_stands_on_a_studys_board_as_an_expert(cli: Cli, tmp_path: Path)
     coefficients = rows["fda"]["recipe"]["coefficients"]
     assert {coefficients[name] for name in coefficients if name.startswith("fda/")} == {1.0}
     assert {coefficients[name] for name in coefficients if not name.startswith("fda/")} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("wudi", ["--set=steps=5", "--set=rate=1", "--set=scaling=3e38"]),
+        ("linear", ["--weight=math=3e38", "--weight=code=-3e38"]),
+    ],
+)
+def test_what_is_not_finite_is_not_written(
+    method: str, more: list[str], models: dict[str, Path], cli: Cli, tmp_path: Path
+) -> None:
+    code, out, err = cli(*arguments(models, method, tmp_path / "out", *more))
+    assert code != 0
+    assert out == ""
+    assert "values are NaN or infinite in float32. Use smaller weights" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_out_of_range_are_one_line(models: dict[str, Path], cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for method, more, wanted in (
+        ("wudi", "--set=rate=1e300", "wanted 0 to 1,000,000 steps, a rate above 0, at most 1"),
+        ("fda", "--set=adapt.seed=99999999999999999999999", "adapt.seed: found 9999"),
+        ("fda", "--set=anchors.tokens=100000", "wanted a whole number, 1 to 8,192"),
+    ):
+        code, _, err = cli(*arguments(models, method, out, more))
+        assert code == 2
+        assert wanted in err
+    zero = ["--weight=math=0", "--weight=code=0"]
+    for method in ("karcher", "multislerp", "model_stock"):
+        code, _, err = cli(*arguments(models, method, out, *zero))
+        assert code == 2
+        assert f"{method} takes a mean, so not all may be 0" in err
+    code, _, err = cli(*arguments(models, "linear", tmp_path / ("x" * 300)))
+    assert code == 4
+    assert "File name too long" in err
+    code, _, err = cli(*arguments({**models, "pre": tmp_path / ("x" * 300)}, "linear", out))
+    assert code == 3
+    assert "File name too long" in err

@@ -192,6 +192,7 @@ def test_a_reward_model_reads_its_own_chat_template(tmp_path: Path) -> None:
         RewardModel(save_reward(tmp_path / "b", chat_template=template)),
     )
     assert chat(["hi"], [["you"]])[0, 0] != plain(["hi"], [["you"]])[0, 0]
+    assert chat.title != plain.title, "another template is another judge of the study's answers"
     # Written out, the same text goes through the same weights.
     written = plain(["user: hi;assistant:"], [["you;"]])[0, 0]
     assert chat(["hi"], [["you"]])[0, 0] == pytest.approx(written, abs=1e-6)
@@ -364,7 +365,7 @@ def test_check_names_them_and_another_reward_model_is_refused(tmp_path: Path, cl
         ({"preferences": {**WANTED, "kind": {"mention": ["x"]}}}, "Did you mean 'mentions'?"),
         ({"objectives": ["helpfull"]}, "Did you mean 'helpful'?"),
         ({"objectives": ["helpful", "helpful"]}, "objectives: found one twice"),
-        ({"objectives": ["helpful@made-up"]}, "helpful"),
+        ({"objectives": ["helpful@made-up"]}, "which have no task. Write helpful"),
         ({"sampler": {"engine": "composite", "seed": 0}}, "helpful is measured on sampled ones"),
         ({"sampler": {"engine": "gradient", "seed": 0}}, "no differentiable stand-in"),
         ({"racing": {}}, "racing: does not go with objective helpful"),

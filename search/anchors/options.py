@@ -14,6 +14,8 @@ Init = Literal["weight", "gauss", "data"]
 
 DISTANCES: tuple[Distance, ...] = ("cosine", "squared", "l1")
 INITS: tuple[Init, ...] = ("weight", "gauss", "data")
+_MOST = {"n": 2**20, "tokens": 8192, "sigma_steps": 1_000_000}
+_SEEDS = 2**32 - 1
 RATE_FROM_PRE, RATE_OF_FACTORS = 5e-5, 1e-2
 
 
@@ -52,9 +54,9 @@ class AnchorOptions:
     def __post_init__(self) -> None:
         """Raises ConfigError at the first value that makes no sense."""
         for name in ("n", "tokens", "sigma_steps"):
-            _whole(f"anchors.{name}", getattr(self, name), 1)
+            _whole(f"anchors.{name}", getattr(self, name), 1, _MOST[name])
         _whole("anchors.steps", self.steps, 0)
-        _whole("anchors.seed", self.seed, 0)
+        _whole("anchors.seed", self.seed, 0, _SEEDS)
         _positive("anchors.rate", self.rate)
         _positive("anchors.decay", self.decay, zero=True)
         for sigma in (self.sigma, *self.sigmas):
@@ -88,15 +90,15 @@ class AdaptOptions:
         """Raises ConfigError at the first value that makes no sense."""
         _whole("adapt.epochs", self.epochs, 0)
         _whole("adapt.batch", self.batch, 1)
-        _whole("adapt.seed", self.seed, 0)
+        _whole("adapt.seed", self.seed, 0, _SEEDS)
         if self.rate is not None:
             _positive("adapt.rate", self.rate)
         _one_of("adapt.distance", self.distance, DISTANCES)
 
 
-def _whole(name: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{name}: found {value!r} (wanted a whole number, at least {least}).")
+def _whole(name: str, value: object, least: int, most: int = 1_000_000) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{name}: found {value!r} (wanted a whole number, {least} to {most:,}).")
 
 
 def _positive(name: str, value: object, *, zero: bool = False) -> None:

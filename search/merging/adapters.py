@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from glob import escape
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from search.merging.checkpoint import (
     read_json,
 )
 from search.merging.header import shown
-from search.merging.lora import Adapter, read_tensors
+from search.merging.lora import PART, Adapter, read_tensors
 from search.merging.lora_config import LoraConfig
 from search.merging.writing import TAGALONG, save_tensors
 from search.staging import check_space, locked_folder, staged_folder
@@ -85,7 +86,8 @@ def average_adapters(folders: Sequence[Path], weights: Sequence[float], out: Pat
 
     So the published code of Personalized Soups (arXiv 2310.11564) merges. `B A` has cross terms between the adapters
     then, of the order of the squared weights, and is not the weighted sum of their `B_k A_k`: merging the adapters as
-    `parents.experts` is.
+    `parents.experts` is. What an adapter saves as a whole (`modules_to_save`, biases) has no halves: it must be the
+    same in all of them, and is kept.
 
     Args:
         folders: LoRA adapters of one base, with the same modules, ranks and scaling. weights: one for each, finite.
@@ -100,21 +102,28 @@ def average_adapters(folders: Sequence[Path], weights: Sequence[float], out: Pat
             f"merge: {len(folders)} adapters with weights {list(weights)} (wanted one finite each)."
         )
     folders = [checked_folder(folder) for folder in folders]
-    for folder in folders:
-        LoraConfig.read(folder)
+    read = [LoraConfig.read(folder) for folder in folders]
     every = [read_tensors(folder) for folder in folders]
     configs = [read_json(folder / ADAPTER_CONFIG) for folder in folders]
-    told = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-    for folder, tensors, config in zip(folders, every, configs, strict=True):
+    for folder, tensors, config in zip(folders, every, read, strict=True):
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if shapes != {name: tensor.shape for name, tensor in every[0].items()} or any(
-            config.get(key) != configs[0].get(key) for key in told
+        if shapes != {name: tensor.shape for name, tensor in every[0].items()} or (
+            replace(config, path=read[0].path) != read[0]
         ):
             raise CheckpointError(
                 f"{folder}: other modules, ranks or scaling than {folders[0]}. A and B are averaged where they agree."
             )
     mean = {}
-    for name in every[0]:
+    for name, first in every[0].items():
+        if PART.fullmatch(name) is None:
+            for folder, tensors in zip(folders, every, strict=True):
+                if not torch.equal(tensors[name], first):
+                    raise CheckpointError(
+                        f"{folder}: {shown(name)} is saved as a whole and not as in {folders[0]}: it has no A and B to "
+                        "average. Merge these adapters by another method."
+                    )
+            mean[name] = first
+            continue
         terms = [tensors[name].float() * w for tensors, w in zip(every, weights, strict=True)]
         mean[name] = torch.stack(terms).sum(0).contiguous()
         if not bool(mean[name].isfinite().all()):

@@ -26,7 +26,11 @@ def resolve(where: str) -> tuple[Path, str | None]:
         CheckpointError: no such folder, or the hub does not give it.
     """
     folder = Path(where).expanduser() if where and "\0" not in where else None
-    if folder is not None and folder.exists():
+    try:
+        there = folder is not None and folder.exists()
+    except OSError as error:  # a name that is too long for a file system
+        raise CheckpointError(f"{shown(where[:80])}...: {error.strerror}. Give a folder.") from error
+    if folder is not None and there:
         return folder, _cached_revision(folder.resolve())
     first = where.split("/", 1)[0]
     if folder is None or not _HUB_ID.fullmatch(where) or Path(first).exists():

@@ -18,7 +18,7 @@ from search.merging.layout import empty_model, load_config, read_layout
 from search.merging.lora_config import LoraConfig
 
 _PREFIX = "base_model.model."
-_PART = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
+PART = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
 _OWN = "Take the adapter's own base as pre."
 _AGAIN = "Save the adapter again."
 
@@ -49,7 +49,7 @@ class Adapter:
         parts: dict[str, dict[str, torch.Tensor]] = {}
         whole: dict[str, torch.Tensor] = {}
         for key, tensor in read_tensors(folder).items():
-            match = _PART.fullmatch(key)
+            match = PART.fullmatch(key)
             if match is None:
                 # peft stores an embedding that it adapts, or whose size changed, as a whole beside its pair.
                 name = key.removeprefix(_PREFIX).replace(".modules_to_save", "").replace(".base_layer", "")

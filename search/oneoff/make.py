@@ -15,14 +15,13 @@ import torch
 from search import __version__
 from search.anchors.build import build
 from search.anchors.starts import FromExperts, FromMerge, FromPre, Start
-from search.errors import ConfigError, ExportError, IncompatibleModelsError
+from search.errors import CheckpointError, ConfigError, ExportError, IncompatibleModelsError, MergeError
 from search.manifest import MANIFEST, MERGE, write_manifest
 from search.mergekit_config import MERGEKIT, caveats, config_text, natural, place_of, rebuild_command
 from search.merging.adapters import average_adapters
 from search.merging.blend import make_blend
 from search.merging.checkpoint import Checkpoint, dtype_name
 from search.merging.lora import Adapter
-from search.merging.methods.linear import check_fits
 from search.merging.methods.table import METHODS
 from search.merging.origin import origins
 from search.merging.parents import Parents, compare_experts
@@ -32,7 +31,7 @@ from search.merging.writing import save_tensors
 from search.oneoff.bar import MergeBar
 from search.oneoff.request import FDA, SEPARATE, START, WUDI, Request
 from search.oneoff.singular import Singular
-from search.staging import check_space, lone_folder
+from search.staging import check_space, disk_errors, lone_folder
 
 logger = logging.getLogger("mergefront")
 
@@ -90,7 +89,9 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     Raises:
         ExportError: as above.
     """
-    if not out.exists() and not out.is_symlink():
+    with disk_errors(out):
+        there = out.exists() or out.is_symlink()
+    if not there:
         return
     if not overwrite:
         raise ExportError(f"{out}: exists. Give another --out, or --overwrite to replace it.")
@@ -130,8 +131,18 @@ class _Merge:
                 self._separate(folder)
             else:
                 self._singular(folder)
-            check_saved(folder, self._parents, self._dtype)
+            self._check_values(check_saved(folder, self._parents, self._dtype))
             self._seal(folder)
+
+    def _check_values(self, saved: Checkpoint) -> None:
+        try:
+            saved.check_finite()
+        except CheckpointError as error:
+            what = str(error).partition(": ")[2].partition(". This checkpoint")[0]
+            raise MergeError(
+                f"{self._request.method}: {what} in {dtype_name(self._dtype)}. Use smaller weights or rates, or "
+                "another --dtype."
+            ) from error
 
     def _blend(self, folder: Path) -> None:
         parents, options = self._parents, dict(self._request.options)
@@ -177,15 +188,20 @@ class _Merge:
             )
         with tempfile.TemporaryDirectory() as scratch:
             mean = Path(scratch) / "mean"
-            average_adapters(list(parents.adapters.values()), self._request.coefficients, mean)
-            adapter = Adapter.open(mean, parents.pre)
-
-        def tensor(name: str) -> torch.Tensor:
-            found = adapter.apply(parents.pre, name).to(self._dtype, copy=True)
-            check_fits(found, name)
-            return found
-
-        save_tensors(parents.post, parents.names, tensor, self._dtype, folder)
+            try:
+                average_adapters(list(parents.adapters.values()), self._request.coefficients, mean)
+                adapter = Adapter.open(mean, parents.pre)
+                save_tensors(
+                    parents.post,
+                    parents.names,
+                    lambda name: adapter.apply(parents.pre, name).to(self._dtype, copy=True).contiguous(),
+                    self._dtype,
+                    folder,
+                )
+            except (CheckpointError, MergeError) as error:
+                raise type(error)(
+                    str(error).replace(str(mean), f"{SEPARATE}: the mean of the adapters")
+                ) from error
 
     def _begin(self) -> Start:
         start = self._request.options[START]

@@ -26,6 +26,7 @@ KNOWN = (*METHODS, TSV, WUDI, FDA, SEPARATE)
 START = "start"
 _EXPERT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _MAX_EXPERTS = 16
+_MAX_STEPS = 1_000_000
 _WUDI: dict[str, int | float] = {"scaling": 1.0, "steps": 300, "rate": 1e-5}
 
 
@@ -121,7 +122,10 @@ def _coefficients(
         if len(experts) == 1 and method in ("linear", "slerp") and not found:
             name = next(iter(experts))
             raise ConfigError(f"--weight: {method} of one expert needs one, such as --weight {name}=0.5.")
-    return tuple(found.get(name, default) for name in experts)
+    each = tuple(found.get(name, default) for name in experts)
+    if method in METHODS and METHODS[method].relative and not any(each):
+        raise ConfigError(f"--weight: {method} takes a mean, so not all may be 0. Give one that is not.")
+    return each
 
 
 def _options(method: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -141,9 +145,10 @@ def _options(method: str, settings: Sequence[str]) -> dict[str, Any]:
             raise ConfigError("anchors.init: data takes token ids, which a command line has none of.")
         _ = asked.adapt
     elif method == WUDI:
-        if options["steps"] < 0 or options["rate"] <= 0:
+        if not 0 <= options["steps"] <= _MAX_STEPS or not 0 < options["rate"] <= 1.0:
             raise ConfigError(
-                f"wudi: {options['steps']} steps at rate {options['rate']:g} (wanted at least 0, above 0)."
+                f"wudi: {options['steps']} steps at rate {options['rate']:g} (wanted 0 to {_MAX_STEPS:,} steps, a rate "
+                "above 0, at most 1)."
             )
     else:
         for key, value in options.items():

@@ -3,12 +3,13 @@
     PYTHONPATH=studies/quickstart python studies/personalized-soups/measure.py --seed 1
 
 Runs the study of the seed (or continues it), chooses one merge of its front a combination with `prefer:`, on the search
-prompts, exports it, and samples answers of all arms. Writes build/seed-1/measured.npz and chosen.json.
+prompts, exports it, and samples answers of all arms. Writes build/seed-1/measured-DIGEST.npz and chosen.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -128,9 +129,10 @@ def choose(store: StudyStore, folder: Path) -> dict[str, int]:
 
 
 def measured(seed: int) -> Path:
-    """The scores of a seed; made unless they are there."""
+    """The scores of a seed; made unless they are there, as this file and the study file make them."""
     folder = BUILD / f"seed-{seed}"
-    path = folder / "measured.npz"
+    sources = Path(__file__).read_bytes() + STUDY.read_bytes()
+    path = folder / f"measured-{hashlib.sha256(sources).hexdigest()[:8]}.npz"
     build_all(seed)
     if path.is_file():
         return path
@@ -142,7 +144,7 @@ def measured(seed: int) -> Path:
     searched = time.perf_counter() - start
     print(f"soups search {searched:6.1f} s, {len(store.trials())} trials", file=sys.stderr, flush=True)
     found = measure(store, materials, folder)
-    staged = folder / "measured.partial.npz"
+    staged = folder / f"partial-{path.name}"
     np.savez_compressed(staged, **found)
     os.replace(staged, path)
     total = time.perf_counter() - start - searched

@@ -51,6 +51,7 @@ PAIRS = (  # differences that the README speaks of
     (f"{SOUP}{SPOKEN}", SOUP),
     (f"{SOUP}{SPOKEN}", f"{JOINT}{SPOKEN}"),
     (f"{SUM}{SPOKEN}", f"{JOINT}{SPOKEN}"),
+    (f"{CHOSEN}{SPOKEN}", f"{SOUP}{SPOKEN}"),
     (f"{CHOSEN}{SPOKEN}", f"{JOINT}{SPOKEN}"),
 )
 RESAMPLES = 1000
@@ -134,8 +135,9 @@ def tables(results: Results) -> str:
         lines.append(f"| {arm} | {cost} | {cell(found.mean(axis=(0, 2)))} | {seeds} | {axes} |")
     lines += ["", "| difference in win rate | |", "|---|---|"]
     for one, other in PAIRS:
-        gap = results.overall(one).mean(axis=(0, 2)) - results.overall(other).mean(axis=(0, 2))
-        lines.append(f"| {one}, minus {other} | {cell(gap, '+')} |")
+        each = results.overall(one).mean(axis=2) - results.overall(other).mean(axis=2)
+        seeds = ", ".join(f"{gap.mean():+.3f}" for gap in each)
+        lines.append(f"| {one}, minus {other} | {cell(each.mean(axis=0), '+')}; {seeds} |")
     shown = [arm for arm in ARMS if arm not in (SINGLE, ALL)]
     lines += ["", f"| combination | {' | '.join(shown)} |", f"|---|{'---|' * len(shown)}"]
     for name in NAMES:
