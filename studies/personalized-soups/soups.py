@@ -133,11 +133,11 @@ def tables(results: Results) -> str:
         axes = " | ".join(f"{value:.3f}" for value in found.mean(axis=(0, 1)))
         seeds = f"{each.min():.3f} to {each.max():.3f}"
         lines.append(f"| {arm} | {cost} | {cell(found.mean(axis=(0, 2)))} | {seeds} | {axes} |")
-    lines += ["", "| difference in win rate | |", "|---|---|"]
+    lines += ["", "| difference in win rate | | by seed |", "|---|---|---|"]
     for one, other in PAIRS:
         each = results.overall(one).mean(axis=2) - results.overall(other).mean(axis=2)
         seeds = ", ".join(f"{gap.mean():+.3f}" for gap in each)
-        lines.append(f"| {one}, minus {other} | {cell(each.mean(axis=0), '+')}; {seeds} |")
+        lines.append(f"| {one}, minus {other} | {cell(each.mean(axis=0), '+')} | {seeds} |")
     shown = [arm for arm in ARMS if arm not in (SINGLE, ALL)]
     lines += ["", f"| combination | {' | '.join(shown)} |", f"|---|{'---|' * len(shown)}"]
     for name in NAMES:
