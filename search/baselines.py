@@ -33,8 +33,8 @@ def baselines(space: CoefficientSpace) -> list[Baseline]:
 
     The line of a single expert ends at it; that of several goes on to 1, which is none of them.
     """
-    line = [c for _, c in BASELINES[2:]] if len(space.experts) == 1 else UNIFORM_LINE[1:]
     single = len(space.experts) == 1
+    line = UNIFORM_LINE[1:-1] if single else UNIFORM_LINE[1:]
     return [
         Baseline("pre", "pre", space.alone(None)),
         *(Baseline("post" if single else "expert", one, space.alone(one)) for one in space.experts),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from objectives.diversity import DIVERSITY_NAMES
+from objectives.diversity import DIVERSITY_NAMES, get_sampled_metric
 from objectives.metrics import METRIC_NAMES, find_metric, is_sampled
 from search.errors import ConfigError
 from search.merging.methods.table import get_method
@@ -131,8 +131,8 @@ class StudyConfig(Section):
                 raise ValueError(
                     f"objectives: {name} needs sampled answers; add a section diversity with prompts"
                 )
-            metric = find_metric(name, preferences=self.preferences or ())
-            if getattr(metric, "needs_model", False) and self.diversity.equivalence is None:
+            needs_model = get_sampled_metric(name, self.preferences or ()).needs_model
+            if needs_model and self.diversity.equivalence is None:
                 raise ValueError(
                     f"objectives: {name} needs a model that compares answers; add diversity.equivalence"
                 )

@@ -143,6 +143,7 @@ class _Shipment:
             weights=weights,
             caveats=caveats(self.parents, blend),
             rebuild=rebuild_command(blend, CONFIG),
+            options=self.space.options(recipe),
         )
         _write(folder / CONFIG, config)
         _write(folder / RECIPE, self._recipe_text(row, recipe))

@@ -12,7 +12,6 @@ from search.board import SPLITS, Board, Row
 from search.cells import Cell
 from search.mergekit_config import MERGEKIT, number
 from search.merging.header import shown
-from search.merging.methods.table import OPTIONS
 from search.space import split_name
 
 _TITLES = {"search": "Search split (it steered the search)", "report": "Report split (it steered nothing)"}
@@ -31,6 +30,7 @@ def model_card(
     weights: bool,
     caveats: Sequence[str],
     rebuild: str,
+    options: Mapping[str, float],
 ) -> str:
     """Markdown of the card.
 
@@ -41,6 +41,7 @@ def model_card(
         recipe: the recipe's key.
         weights: whether the folder has a checkpoint.
         rebuild: the command with which mergekit makes the same weights.
+        options: hyper-parameters of the method, searched or fixed.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -74,7 +75,7 @@ def model_card(
         mergekit=MERGEKIT,
         caveats=caveats,
         rebuild=rebuild,
-        options=[(name, number(value)) for name, value in row.coefficients.items() if name in OPTIONS],
+        options=[(name, number(value)) for name, value in options.items()],
         command=f"mergefront export {board.study} --select trial:{row.trial}{' --weights' * weights} --out DIR",
         version=__version__,
         recipe=recipe,

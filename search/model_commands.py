@@ -59,13 +59,13 @@ def export(
 @models.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="An export folder of one trial, or of several.")
+        Path, typer.Argument(metavar="DIR", help="An export of one trial or of several, or a merge.")
     ],
     storage: Storage = None,
     overrides: Set = [],  # noqa: B006
     device: Device = "auto",
 ) -> None:
-    """Re-reads an export, checks its manifest, and re-scores its checkpoint against the stored numbers."""
+    """Re-reads an export or a merge, checks its manifest, and re-scores an export against the stored numbers."""
     from search.verify import verify_folder
 
     with interruptible():
@@ -166,9 +166,8 @@ def merge(
     """One merge without a study: a checkpoint with a manifest; fda goes on where it was stopped."""
     from search.oneoff.request import read_request
 
-    request = read_request(
-        method, pre, experts, weights, settings
-    )  # words first: the rest takes seconds to import
+    # Words first: the rest takes seconds to import.
+    request = read_request(method, pre, experts, weights, settings)
     from search.console import stderr_console
     from search.oneoff.bar import MergeBar
     from search.oneoff.make import Place, make

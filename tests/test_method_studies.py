@@ -92,6 +92,17 @@ def test_mergekit_rebuilds_what_a_study_of_any_method_scored(method: str, tmp_pa
     assert all(name in card for name in METHODS[method].options)
 
 
+def test_a_card_names_fixed_numbers_and_those_of_its_own_method_only(tmp_path: Path) -> None:
+    merge = {"method": ["ties", "linear"], "density": 0.4, "scaling": [0.5, 2.0]}
+    store, _ = finished(tmp_path, merge=merge, trials=1)
+    board = read_board(store)
+    rows = [*board.of_kind("uniform")[:1], *board.of_kind("pre")]
+    folders = export_rows(store, board, rows, tmp_path / "o", weights=False, overwrite=False, overrides=[])
+    ties, linear = ((folder / "README.md").read_text() for folder in folders)
+    assert "Of the method: density 0.4, scaling 1.0." in ties
+    assert "Of the method" not in linear
+
+
 def test_a_config_that_was_changed_is_found_out(tmp_path: Path) -> None:
     store, _ = finished(tmp_path / "study", merge=searched("ties"), trials=1)
     board = read_board(store)

@@ -11,6 +11,7 @@ The cosine is taken for each tensor, not over all of them together, so a small n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -77,7 +78,7 @@ def construct(
             block, leaves, expert, directions, anchors, options.distance, differentiable=not last
         )
         alignment = float(found.detach().mean())
-        if not alignment == alignment:
+        if math.isnan(alignment):
             raise MergeError(
                 f"anchors: the alignment is not a number after {step} steps. "
                 "Use a smaller rate, or another init or sigma."

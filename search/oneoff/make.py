@@ -77,9 +77,8 @@ def make(request: Request, place: Place, bar: MergeBar) -> Path:
     merge = _Merge(request, place, parents, device, bar)
     merge.check_places()
     merge.write()
-    logger.info(
-        "%s: %s of %s in %.1f s", place.out, request.method, ", ".join(parents.experts), _since(began)
-    )
+    seconds = time.monotonic() - began
+    logger.info("%s: %s of %s in %.1f s", place.out, request.method, ", ".join(parents.experts), seconds)
     return place.out
 
 
@@ -265,7 +264,3 @@ class _Merge:
     @property
     def _where(self) -> Mapping[str, str]:
         return {"pre": self._request.pre, **self._request.experts}
-
-
-def _since(began: float) -> float:
-    return time.monotonic() - began

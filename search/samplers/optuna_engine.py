@@ -37,7 +37,7 @@ from search.storage import State, TrialRecord
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # a mirror of a study is no news
 
 POPULATION = 16  # Optuna's default of 50 would make most merge studies a random search
-STARTUP = 20  # the eleven baselines count among them; the rest is random
+STARTUP = 20  # the baselines count among them; the rest is random
 GRID_POINTS = 11
 MAX_GRID = 100_000
 
