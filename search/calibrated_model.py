@@ -13,7 +13,7 @@ from typing import Any
 from objectives.calibrators.fitted import FittedTemperature
 from search.manifest import MANIFEST, write_manifest
 from search.merging.checkpoint import read_json
-from search.staging import disk_errors, locked_folder, staged_folder, write_whole
+from search.staging import disk_errors, lone_folder, write_whole
 
 CARD, GENERATION = "README.md", "generation_config.json"
 _BEGIN, _END = "<!-- mergefront:calibration -->", "<!-- /mergefront:calibration -->"
@@ -31,7 +31,7 @@ def write_into_export(folder: Path, model: str, fitted: FittedTemperature, facts
     """
     folder = folder.resolve()
     generation = _generation(folder / model, fitted)
-    with locked_folder(folder.parent), staged_folder(folder, overwrite=True) as staging:
+    with lone_folder(folder, overwrite=True) as staging:
         _link_tree(folder, staging)
         write_whole(staging / model / GENERATION, generation)
         for card in (staging / CARD, staging / model / CARD):

@@ -21,14 +21,15 @@ from search.errors import ExportError
 from search.manifest import MANIFEST, write_manifest
 from search.materials import blend_of, groups_digest, make_space, provenance
 from search.mergekit_config import (
-    MERGEKIT,
+    CONFIG,
     caveats,
     config_text,
     natural,
     number,
-    place_of,
+    parent_places,
     quoted,
     rebuild_command,
+    rebuild_header,
 )
 from search.merging.parents import Parents
 from search.merging.save import check_saved, save_checkpoint, size_of
@@ -40,7 +41,7 @@ from search.storage import StudyStore
 
 logger = logging.getLogger("mergefront")
 
-CONFIG, RECIPE, CARD, MODEL = "mergekit_config.yml", "recipe.yaml", "README.md", "model"
+RECIPE, CARD, MODEL = "recipe.yaml", "README.md", "model"
 _SMALL = 2**20  # bytes: config, recipe, card and manifest are less
 
 
@@ -111,12 +112,7 @@ class _Shipment:
         blend = blend_of(self.config, self.parents, self.space, recipe)
         blend = blend.in_order(natural(blend.weights))
         origin = provenance(self.config, self.parents)
-        places = [
-            str(one.folder)
-            if label in self.parents.adapters
-            else place_of(str(origin[label]["where"]), origin[label]["revision"])
-            for label, one in zip(self.parents.labels, self.parents.everybody, strict=True)
-        ]
+        places = parent_places(self.parents, origin)
         if weights:
             (folder / MODEL).mkdir()
             save_checkpoint(self.parents, blend, self.dtype, folder / MODEL)
@@ -124,11 +120,8 @@ class _Shipment:
         header = [
             f"The weights of trial {row.trial} of study {self.board.study}: a {row.method} merge of {len(places)} "
             "checkpoints.",
-            f"Rebuild them bit for bit with mergekit {MERGEKIT} or later:",
-            f"  {rebuild_command(blend, CONFIG)}",
-            *(f"{name:<4}  sha256 {facts['sha256']}  {facts['where']}" for name, facts in origin.items()),
             f"Coefficients by group: {RECIPE}. A filter is a part of a tensor's name; the first that matches counts.",
-            *(f"CAUTION: {line}" for line in caveats(self.parents, blend)),
+            *rebuild_header(self.parents, blend, origin),
         ]
         config = config_text(self.parents, blend, places, self.config.merge.dtype, header)
         card = model_card(
@@ -142,7 +135,7 @@ class _Shipment:
             recipe=recipe.key,
             weights=weights,
             caveats=caveats(self.parents, blend),
-            rebuild=rebuild_command(blend, CONFIG),
+            rebuild=rebuild_command(blend),
             options=self.space.options(recipe),
         )
         _write(folder / CONFIG, config)

@@ -16,7 +16,6 @@ from search.errors import ConfigError, EvaluationError
 Floats = npt.NDArray[np.float64]
 Booleans = npt.NDArray[np.bool_]
 
-SLICED = 4  # objectives up to which hypervolumes are sliced here
 _TIE = 1e-9  # shares of the front's range that differ by less are equal: rounding must not pick a trial
 
 
@@ -40,9 +39,7 @@ def hypervolume(points: npt.ArrayLike, ref: npt.ArrayLike, *, maximise: Sequence
 
     Points that are not strictly better than `ref` in every objective add nothing. No points: 0.
 
-    Two objectives are one sorted sweep; 3 and 4 are sliced along the last one, recursively (While et al. 2006,
-    "HSO"), with dominated points dropped in each slice. More are left to moocore, whose compiled code takes
-    milliseconds where slices take minutes.
+    Two objectives are one sorted sweep, of all resamples at once; more are moocore's (Fonseca et al. 2006).
 
     Raises:
         ValueError: shapes disagree, or the reference point is not finite.
@@ -78,8 +75,7 @@ def hypervolume_batch(points: npt.ArrayLike, ref: npt.ArrayLike, *, maximise: Se
     with np.errstate(invalid="ignore"):
         inside = (np.isfinite(loss) & (loss < limit)).all(axis=2)
     if m > 2:
-        volume = _sliced if m <= SLICED else _compiled
-        return np.array([volume(rows[use], limit) for rows, use in zip(loss, inside, strict=True)])
+        return np.array([_volume(rows[use], limit) for rows, use in zip(loss, inside, strict=True)])
     loss = np.where(inside[:, :, None], loss, limit)  # a point moved onto the reference point has no volume
     if m == 1:
         return np.asarray(limit[0] - loss[:, :, 0].min(axis=1, initial=limit[0]))
@@ -169,26 +165,11 @@ def _sweep(loss: Floats, limit: Floats) -> Floats:
     return np.asarray((width * height).sum(axis=1))
 
 
-def _sliced(loss: Floats, limit: Floats) -> float:
+def _volume(loss: Floats, limit: Floats) -> float:
     """Volume of `(n, m)` points that are strictly inside `limit`."""
-    unique = np.unique(loss, axis=0)
-    if unique.shape[1] == 2:
-        return float(_sweep(unique[None], limit)[0])
-    unique = unique[_front_of_sorted(unique)]
-    unique = unique[np.argsort(unique[:, -1], kind="stable")]
-    thickness = np.diff(unique[:, -1], append=limit[-1])
-    volume = 0.0
-    for i, thick in enumerate(thickness.tolist()):
-        if thick > 0.0:
-            volume += thick * _sliced(unique[: i + 1, :-1], limit[:-1])
-    return volume
+    import moocore
 
-
-def _compiled(loss: Floats, limit: Floats) -> float:
-    """The same by moocore (Fonseca et al. 2006)."""
-    from moocore import hypervolume as volume
-
-    return float(volume(np.unique(loss, axis=0), ref=limit)) if len(loss) else 0.0
+    return float(moocore.hypervolume(np.unique(loss, axis=0), ref=limit)) if len(loss) else 0.0
 
 
 def _pick(points: npt.ArrayLike, weights: Floats, maximise: Sequence[bool]) -> int:

@@ -20,6 +20,7 @@ from search.merging.header import shown
 from search.merging.methods.table import OPTIONS
 from search.merging.parents import Parents
 
+CONFIG = "mergekit_config.yml"
 MERGEKIT = "0.1.5"  # older ones lose q_norm and k_norm of some architectures without a word
 _NEOX_BUFFER = "rotary_emb.inv_freq"
 
@@ -76,6 +77,32 @@ def config_weights(parents: Parents, blend: Blend) -> dict[str, Weights]:
     first = tuple(float(place == 0) for place in range(len(parents.experts)))
     buffers = first if blend.method.kernel else (0.0, *first)
     return {**blend.weights, **aliases, **dict.fromkeys(parents.ignored, buffers)}
+
+
+def parent_places(parents: Parents, found: Mapping[str, Mapping[str, str | None]]) -> list[str]:
+    """Where mergekit finds every parent, pre first: an adapter as what it was merged into pre to.
+
+    Args:
+        found: as from `search.merging.origin.origins`.
+    """
+    return [
+        str(one.folder)
+        if label in parents.adapters
+        else place_of(str(found[label]["where"]), found[label]["revision"])
+        for label, one in zip(parents.labels, parents.everybody, strict=True)
+    ]
+
+
+def rebuild_header(
+    parents: Parents, blend: Blend, found: Mapping[str, Mapping[str, str | None]]
+) -> list[str]:
+    """Comment lines of a config: how to rebuild the merge, from what exactly, and what stands in the way."""
+    return [
+        f"Rebuild it bit for bit with mergekit {MERGEKIT} or later:",
+        f"  {rebuild_command(blend)}",
+        *(f"{name:<4}  sha256 {facts['sha256']}  {facts['where']}" for name, facts in found.items()),
+        *(f"CAUTION: {line}" for line in caveats(parents, blend)),
+    ]
 
 
 def config_text(
@@ -188,9 +215,9 @@ def caveats(parents: Parents, blend: Blend) -> list[str]:
     return found
 
 
-def rebuild_command(blend: Blend, config: str) -> str:
+def rebuild_command(blend: Blend) -> str:
     """How mergekit makes the same weights, to the last bit."""
-    command = f"mergekit-yaml {config} ./out"
+    command = f"mergekit-yaml {CONFIG} ./out"
     if blend.method.rescale:
         command = f"OMP_NUM_THREADS=1 {command}"  # it scales by sums over whole tensors
     return f"{command} --random-seed {blend.seed}" if blend.method.seeded else command

@@ -29,7 +29,7 @@ def locked_folder(
     stale: str = "trial-*",
     other: str = "another export into this folder",
     remedy: str = "Give another --out.",
-) -> Iterator[bool]:
+) -> Iterator[None]:
     """Makes the folder and holds it for this process alone; clears away what dead processes left in it.
 
     Another process that asks meanwhile waits. The system lets go of the lock when this process ends, however it ends,
@@ -37,12 +37,9 @@ def locked_folder(
     the rename still lets only one of two exports win.)
 
     Args:
-        stale: names (a glob) of the folders that are staged here; unfinished ones of these names are cleared away.
+        stale: names (a glob) of the folders that are staged here; unfinished ones of these are cleared away.
         other: what this process says that it waits for.
         remedy: what to do when the folder cannot be made or opened.
-
-    Yields:
-        whether the folder is held: not where a file system has no locks.
 
     Raises:
         ExportError: `out` is no folder. DiskError: it cannot be made or written.
@@ -52,7 +49,7 @@ def locked_folder(
     try:
         if locked:
             _clear(out, stale)
-        yield locked
+        yield
     except BaseException:
         with suppress(OSError):  # empty ones only: what was exported before the error stays
             for folder in made:
@@ -91,13 +88,11 @@ def lone_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ExportError, DiskError: as `locked_folder` and `staged_folder`.
     """
-    with locked_folder(final.parent) as locked:
-        if locked:
-            for stale in final.parent.glob(f".{escape(final.name)}.*{_PART}"):
-                shutil.rmtree(stale, ignore_errors=True)
-            _settle(final.with_name(f".{final.name}{_OLD}"), final)
-        with staged_folder(final, overwrite=overwrite) as staging:
-            yield staging
+    with (
+        locked_folder(final.parent, stale=escape(final.name)),
+        staged_folder(final, overwrite=overwrite) as staging,
+    ):
+        yield staging
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -210,17 +205,14 @@ def _lock(out: Path, other: str, remedy: str) -> tuple[int, bool]:
 
 
 def _clear(out: Path, stale: str) -> None:
-    for path in out.glob(f".{stale}{_PART}"):
+    for path in out.glob(f".{stale}.*{_PART}"):
         shutil.rmtree(path, ignore_errors=True)
     for path in out.glob(f".{stale}{_OLD}"):
-        _settle(path, path.with_name(path.name.removeprefix(".").removesuffix(_OLD)))
-
-
-def _settle(old: Path, final: Path) -> None:
-    """Takes away what an overwrite set aside, or puts it back if the process died between its two renames."""
-    if old.exists() and not final.exists():
-        os.rename(old, final)
-    shutil.rmtree(old, ignore_errors=True)
+        final = path.with_name(path.name.removeprefix(".").removesuffix(_OLD))
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # the process died between the two renames of an overwrite
+            os.rename(path, final)
 
 
 def _sync(path: Path) -> None:

@@ -20,10 +20,10 @@ from search.batches import batch_tokens
 from search.config import StudyConfig
 from search.errors import ConfigError, ExportError
 from search.evidence import EvidenceFolder
-from search.export import CONFIG, MODEL
+from search.export import MODEL
 from search.manifest import MANIFEST, MERGE, read_manifest
 from search.materials import blend_of, make_space
-from search.mergekit_config import check_config
+from search.mergekit_config import CONFIG, check_config
 from search.merging.checkpoint import FLOATS, Checkpoint, dtype_name
 from search.merging.header import shown
 from search.merging.layout import empty_model, load_config, read_layout

@@ -411,7 +411,7 @@ def test_what_is_not_finite_is_not_written(
     code, out, err = cli(*arguments(models, method, tmp_path / "out", *more))
     assert code != 0
     assert out == ""
-    assert "values are NaN or infinite in float32. Use smaller weights" in err
+    assert "a merged value is not finite in float32. Use smaller weights" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -21,7 +21,6 @@ from search.anchors.pieces import Piece, Pieces
 from search.anchors.starts import FromPre, Start
 from search.anchors.store import Store
 from search.errors import ConfigError, ExportError, MergeError
-from search.merging.checkpoint import dtype_name
 from search.merging.header import shown
 from search.merging.parents import Parents
 from search.merging.save import check_saved, size_of
@@ -196,10 +195,6 @@ class _Builder:
                 found = held[index].tensors[name].to(dtype)
             else:
                 found = start.outside(stored, parents, dtype)
-            if not bool(found.isfinite().all()):
-                raise MergeError(
-                    f"{stored}: a merged value is not finite in {dtype_name(dtype)}. Use another dtype."
-                )
             return found.contiguous()
 
         save_tensors(parents.post, parents.names, tensor, dtype, folder)

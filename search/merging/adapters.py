@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from glob import escape
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ from search.merging.header import shown
 from search.merging.lora import PART, Adapter, read_tensors
 from search.merging.lora_config import LoraConfig
 from search.merging.writing import TAGALONG, save_tensors
-from search.staging import check_space, locked_folder, staged_folder
+from search.staging import check_space, locked_folder, lone_folder, staged_folder
 
 # Raised whenever an adapter would be merged into other files than before: older ones are not found again, and a study
 # over adapters is another study.
@@ -128,7 +127,7 @@ def average_adapters(folders: Sequence[Path], weights: Sequence[float], out: Pat
         mean[name] = torch.stack(terms).sum(0).contiguous()
         if not bool(mean[name].isfinite().all()):
             raise MergeError(f"merge: {shown(name)}: a sum of the adapters is not finite.")
-    with locked_folder(out.parent, stale=f"{escape(out.name)}.*"), staged_folder(out) as staging:
+    with lone_folder(out) as staging:
         save_file(mean, staging / ADAPTER_WEIGHTS)
         text = json.dumps(configs[0], indent=2)
         (staging / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from search.errors import CheckpointError, MergeError
+from search.errors import CheckpointError
 from search.merging.checkpoint import ADAPTER_WEIGHTS, FLOATS, Checkpoint, checked_folder, dtype_name
 from search.merging.header import read_header, shown
 from search.merging.layout import empty_model, load_config, read_layout
@@ -76,11 +76,7 @@ class Adapter:
         return cls(folder, pairs, whole)
 
     def apply(self, base: Checkpoint, name: str) -> torch.Tensor:
-        """The tensor of the base with the adapter in it, in the base's dtype.
-
-        Raises:
-            MergeError: a value does not fit into that dtype.
-        """
+        """The tensor of the base with the adapter in it, in the base's dtype."""
         tensor = base.tensor(name)
         if name not in self.whole and name not in self.pairs:
             return tensor
@@ -89,10 +85,7 @@ class Adapter:
             a, b, scaling, turned = self.pairs[name]
             delta = b.float() @ a.float()
             start = torch.add(start, delta.T if turned else delta, alpha=scaling)
-        merged = start.to(tensor.dtype)
-        if not bool(merged.isfinite().all()):
-            raise MergeError(f"{self.folder}: {shown(name)}: a merged value is not finite in {tensor.dtype}.")
-        return merged.contiguous()
+        return start.to(tensor.dtype).contiguous()
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

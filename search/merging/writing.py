@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from search.errors import MergeError
 from search.merging.checkpoint import INDEX, SINGLE, Checkpoint, dtype_name
-from search.merging.header import DTYPES
+from search.merging.header import DTYPES, shown
 
 SHARD_BYTES = 2 * 2**30
 # What a tokenizer may consist of, and what generation starts from. All of them come from `post`.
@@ -51,7 +52,7 @@ def save_tensors(
         shard_bytes: a file gets no further tensor beyond this; a larger tensor has a file of its own.
 
     Raises:
-        MergeError: a value does not fit into the dtype. OSError: the disk refused.
+        MergeError: a value is not finite in the dtype. OSError: the disk refused.
     """
     shards = _shards(like, names, dtype, shard_bytes)
     single = len(shards) == 1
@@ -115,7 +116,13 @@ def _write_shard(
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            stream.write(tensor(name).view(-1).view(torch.uint8).numpy().data)
+            found = tensor(name).view(-1)
+            if found.numel() and not all(map(math.isfinite, map(float, torch.aminmax(found)))):  # NaN spreads
+                raise MergeError(
+                    f"{shown(name)}: a merged value is not finite in {dtype_name(dtype)}. Use smaller weights or "
+                    "rates, or another dtype."
+                )
+            stream.write(found.view(torch.uint8).numpy().data)
 
 
 def _count(like: Checkpoint, name: str) -> int:

@@ -17,7 +17,7 @@ from search.anchors.build import build
 from search.anchors.starts import FromExperts, FromMerge, FromPre, Start
 from search.errors import CheckpointError, ConfigError, ExportError, IncompatibleModelsError, MergeError
 from search.manifest import MANIFEST, MERGE, write_manifest
-from search.mergekit_config import MERGEKIT, caveats, config_text, natural, place_of, rebuild_command
+from search.mergekit_config import CONFIG, config_text, natural, parent_places, rebuild_header
 from search.merging.adapters import average_adapters
 from search.merging.blend import make_blend
 from search.merging.checkpoint import Checkpoint, dtype_name
@@ -35,7 +35,6 @@ from search.staging import check_space, disk_errors, lone_folder
 
 logger = logging.getLogger("mergefront")
 
-CONFIG = "mergekit_config.yml"
 WORK = Path("runs") / "anchors"
 
 
@@ -130,18 +129,8 @@ class _Merge:
                 self._separate(folder)
             else:
                 self._singular(folder)
-            self._check_values(check_saved(folder, self._parents, self._dtype))
+            check_saved(folder, self._parents, self._dtype)
             self._seal(folder)
-
-    def _check_values(self, saved: Checkpoint) -> None:
-        try:
-            saved.check_finite()
-        except CheckpointError as error:
-            what = str(error).partition(": ")[2].partition(". This checkpoint")[0]
-            raise MergeError(
-                f"{self._request.method}: {what} in {dtype_name(self._dtype)}. Use smaller weights or rates, or "
-                "another --dtype."
-            ) from error
 
     def _blend(self, folder: Path) -> None:
         parents, options = self._parents, dict(self._request.options)
@@ -151,18 +140,8 @@ class _Merge:
         blend = blend.in_order(natural(blend.weights))
         save_checkpoint(parents, blend, self._dtype, folder)
         found = origins(self._where, parents)
-        header = [
-            f"A {self._request.method} merge. Rebuild it bit for bit with mergekit {MERGEKIT} or later:",
-            f"  {rebuild_command(blend, CONFIG)}",
-            *(f"{name:<4}  sha256 {facts['sha256']}  {facts['where']}" for name, facts in found.items()),
-            *(f"CAUTION: {line}" for line in caveats(parents, blend)),
-        ]
-        places = [
-            str(one.folder)
-            if label in parents.adapters
-            else place_of(str(found[label]["where"]), found[label]["revision"])
-            for label, one in zip(parents.labels, parents.everybody, strict=True)
-        ]
+        header = [f"A {self._request.method} merge.", *rebuild_header(parents, blend, found)]
+        places = parent_places(parents, found)
         text = config_text(parents, blend, places, dtype_name(self._dtype), header)
         (folder / CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")
 
