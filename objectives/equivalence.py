@@ -50,9 +50,9 @@ class EmbeddingEquivalence:
         if not 0.0 < threshold <= 1.0:
             raise ConfigError(f"equivalence: threshold is {threshold} (wanted above 0, at most 1).")
         # Mean pooling has no use for a pooling layer, and some checkpoints come without one.
-        self._model, self._tokenizer, digest = load_judge(folder, "AutoModel", device, optional="pooler.")
+        self._model, self._tokenizer, checkpoint = load_judge(folder, "AutoModel", device, optional="pooler.")
         self._threshold = threshold
-        self.title = f"embedding {digest[:12]}, cosine >= {threshold:g}"
+        self.title = f"embedding {checkpoint.sha256()[:12]}, cosine >= {threshold:g}"
 
     @torch.inference_mode()
     def __call__(self, prompt: str, answers: Sequence[str]) -> Booleans:
@@ -84,7 +84,7 @@ class EntailmentEquivalence:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, device: str = "cpu") -> None:
-        self._model, self._tokenizer, digest = load_judge(
+        self._model, self._tokenizer, checkpoint = load_judge(
             folder, "AutoModelForSequenceClassification", device
         )
         self._tokenizer.truncation_side = "left"  # the answers are on the right
@@ -95,7 +95,7 @@ class EntailmentEquivalence:
                 "Give a natural language inference model."
             )
         self._entailment = labels["entailment"]
-        self.title = f"entailment {digest[:12]}"
+        self.title = f"entailment {checkpoint.sha256()[:12]}"
 
     @torch.inference_mode()
     def __call__(self, prompt: str, answers: Sequence[str]) -> Booleans:

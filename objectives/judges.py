@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,16 @@ from torch import Tensor
 from objectives.encoding import max_length
 from search.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from search.merging.checkpoint import Checkpoint
+
 ROWS = 64  # sequences that go through a judge at once
 
 
 def load_judge(
     folder: str | os.PathLike[str], kind: str, device: str, optional: str | None = None
-) -> tuple[Any, Any, str]:
-    """Model in eval mode, tokenizer, SHA-256 of the weights.
+) -> tuple[Any, Any, Checkpoint]:
+    """Model in eval mode, tokenizer, checkpoint.
 
     Args:
         kind: the auto class of transformers. optional: tensors that start with it may be missing.
@@ -61,7 +64,7 @@ def load_judge(
         raise CheckpointError(f"{folder}: {missing[0]}: missing. It is not a checkpoint for {kind}.")
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id or 0
-    return model.eval().to(device), tokenizer, checkpoint.sha256()
+    return model.eval().to(device), tokenizer, checkpoint
 
 
 def longest(model: Any, tokenizer: Any) -> int:

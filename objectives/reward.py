@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import torch
 
 from objectives.judges import batches, load_judge, longest
 from search.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from search.merging.checkpoint import Checkpoint
 
 KIND = "AutoModelForSequenceClassification"
 
@@ -36,10 +39,10 @@ class RewardModel:
     def __init__(self, folder: str | os.PathLike[str], *, device: str = "cpu") -> None:
         check_reward_model(folder)
         self._folder = folder
-        self._model, self._tokenizer, _ = load_judge(folder, KIND, device)
+        self._model, self._tokenizer, checkpoint = load_judge(folder, KIND, device)
         self._tokenizer.truncation_side = "left"  # the answer is on the right
         self._template = bool(getattr(self._tokenizer, "chat_template", None))
-        self.title = f"reward model {reward_digest(folder)[:12]}"
+        self.title = f"reward model {reward_digest(checkpoint)[:12]}"
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> npt.NDArray[np.float64]:
@@ -70,12 +73,11 @@ class RewardModel:
             raise ConfigError(f"{self._folder}: the chat template fails ({reason}).") from error
 
 
-def reward_digest(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 of all that its scores depend on: weights, config, tokenizer, chat template."""
-    from search.merging.checkpoint import Checkpoint, file_sha256
+def reward_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 of all that a reward model's scores depend on: weights, config, tokenizer, chat template."""
+    from search.merging.checkpoint import file_sha256
     from search.merging.writing import TAGALONG
 
-    checkpoint = Checkpoint.open(Path(folder))
     whole = hashlib.sha256(checkpoint.sha256().encode())
     for name in TAGALONG:
         if (checkpoint.folder / name).is_file():
@@ -83,7 +85,7 @@ def reward_digest(folder: str | os.PathLike[str]) -> str:
     return whole.hexdigest()
 
 
-def check_reward_model(folder: str | os.PathLike[str]) -> Any:
+def check_reward_model(folder: str | os.PathLike[str]) -> Checkpoint:
     """The opened checkpoint of what looks like a reward model; its weights are not read.
 
     Raises:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from search.space import UNIFORM_LINE, CoefficientSpace, Recipe
 from search.trials import TrialRecord
@@ -40,6 +41,11 @@ def baselines(space: CoefficientSpace) -> list[Baseline]:
         *(Baseline("post" if single else "expert", one, space.alone(one)) for one in space.experts),
         *(Baseline("uniform", f"uniform {c:g}", space.uniform(c)) for c in line),
     ]
+
+
+def parent_count(config: Mapping[str, Any]) -> int:
+    """How many parents a stored study file names."""
+    return 1 + len(config["parents"].get("experts") or ["post"])
 
 
 def missing_baseline(history: Sequence[TrialRecord], every: Sequence[Baseline]) -> int | None:

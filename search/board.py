@@ -19,7 +19,7 @@ from objectives.bootstrap import interval
 from objectives.diversity import DIVERSITY_NAMES, DiversityMetric, get_sampled_metric
 from objectives.metrics import Metric, find_metric, get_metric
 from search.alternatives import Alternative, Scores, base_label
-from search.baselines import PARENTS, UNCHOSEN
+from search.baselines import PARENTS, UNCHOSEN, parent_count
 from search.cells import RESAMPLES, Cell, CellComputer, Samples, cell_around
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
@@ -212,7 +212,7 @@ def read_board(store: StudyStore) -> Board:
     records = store.trials()
     done = [record for record in records if record.state == "complete"]
     parents = [record for record in done if record.kind in PARENTS]
-    if len(parents) < 1 + len(attributes["config"]["parents"].get("experts") or ["post"]):
+    if len(parents) < parent_count(attributes["config"]):
         raise ConfigError(
             f"study '{store.name}' has not scored its parents yet. Resume it: mergefront resume {store.name}"
         )

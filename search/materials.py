@@ -141,7 +141,7 @@ class Materials:
             if judge is not None:
                 found["equivalence"] = Checkpoint.open(Path(judge)).sha256()
         for name, place in reward_models(self.config).items():
-            found[f"preferences.{name}"] = reward_digest(place)
+            found[f"preferences.{name}"] = reward_digest(Checkpoint.open(Path(place)))
         return found
 
     @cached_property

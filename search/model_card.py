@@ -10,9 +10,9 @@ from search import __version__
 from search.baselines import UNCHOSEN
 from search.board import SPLITS, Board, Row
 from search.cells import Cell
+from search.groups import split_name
 from search.mergekit_config import MERGEKIT, number
 from search.merging.header import shown
-from search.space import split_name
 
 _TITLES = {"search": "Search split (it steered the search)", "report": "Report split (it steered nothing)"}
 

@@ -13,7 +13,7 @@ from search.database import sqlite_path
 from search.errors import MergefrontError
 from search.evidence import EvidenceFolder
 from search.materials import Materials
-from search.merging.blend import RANKED, RANKS_BYTES
+from search.merging.blend import ranks_bytes
 from search.merging.methods.table import OPTIONS, get_method
 from search.sections import MergeConfig, ParentsConfig
 from search.storage import StudyStore
@@ -141,10 +141,8 @@ def _work(tokens: float, numbers: int) -> str:
 
 def _ranks(materials: Materials) -> str:
     """What methods that select by magnitude keep beside the live model."""
-    if not any(method in RANKED for method in materials.space.methods):
-        return ""
-    most = min(4 * materials.parents.parameters * len(materials.parents.experts), RANKS_BYTES)
-    return f", {most / MIB:,.0f} MiB for the order of magnitudes"
+    most = ranks_bytes(materials.parents, materials.space.methods)
+    return f", {most / MIB:,.0f} MiB for the order of magnitudes" if most else ""
 
 
 def _merge(merge: MergeConfig) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from search.baselines import BASELINES, PARENTS
+from search.baselines import BASELINES, PARENTS, parent_count
 from search.budget import expected_trials
 from search.database import shown
 from search.front import hypervolume, worst_corner
@@ -112,7 +112,7 @@ def read_status(store: StudyStore) -> Status:
             records, _baselines(store) + int(store.attribute("trials")), store.attribute("tokens")
         ),
         front=len(front_of(done, maximize)),
-        hypervolume=_volume(done, maximize, 1 + len(config["parents"].get("experts") or ["post"])),
+        hypervolume=_volume(done, maximize, parent_count(config)),
         seconds_per_trial=float(np.median(seconds)) if seconds else None,
         failures=tuple(
             f"trial {r.number}: {r.attributes.get('error', 'unknown')}"

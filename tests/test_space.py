@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from search.config import MergeConfig, SpaceConfig
 from search.errors import ConfigError, MergeError
-from search.space import CoefficientSpace, Recipe, places_of
+from search.groups import places_of
+from search.space import CoefficientSpace, Recipe
 from tests.pico import ARCHS, pico_model
 
 

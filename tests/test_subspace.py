@@ -18,12 +18,13 @@ from search.budget import set_budget
 from search.config import load_study_file
 from search.errors import ConfigError
 from search.gradient import LossGradient
+from search.groups import places_of
 from search.opening import create
 from search.sampler_config import SamplerConfig
 from search.samplers import Engine, make_engine
 from search.samplers.coarse import first_blocks, from_tag, split, to_tag
 from search.samplers.subspace import Blocks, Knots, Moving, Subspace
-from search.space import CoefficientSpace, places_of
+from search.space import CoefficientSpace
 from search.storage import StudyStore, TrialRecord
 from search.study import run
 from tests.pico_study import write_study

@@ -11,7 +11,7 @@ is shipped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -44,7 +44,7 @@ Fill = Callable[[torch.Tensor], None]
 _TINY = 1e-3  # weights whose sum the methods would take for 0 lie far below
 RANKS_BYTES = 4 * 2**30  # of memory for ranks: four bytes for each parameter of each expert
 # The order of magnitudes that a method selects by.
-RANKED = {
+_RANKS = {
     "ties": "descending",
     "breadcrumbs": "ascending",
     "breadcrumbs_ties": "ascending",
@@ -124,6 +124,13 @@ def make_blend(
             raise MergeError(f"recipe: coefficient of {shown(name)} is {each} (wanted finite numbers).")
         weights[name] = tuple(each) if found.kernel else _sum_weights(parents, name, each, method)
     return Blend(found if found.kernel else get_method("linear"), weights, values, seed)
+
+
+def ranks_bytes(parents: Parents, methods: Iterable[str]) -> int:
+    """Memory that these methods may take for the order of magnitudes."""
+    if not any(method in _RANKS for method in methods):
+        return 0
+    return min(4 * parents.parameters * len(parents.experts), RANKS_BYTES)
 
 
 def check_masks(parents: Parents) -> None:
@@ -239,7 +246,7 @@ def _ranked(parents: Parents, blend: Blend, name: str) -> dict[str, list[torch.T
     Which of several equal magnitudes comes first is torch's affair, and another one on another kind of processor.
     mergekit sorts with torch, so this is what makes 16-bit parents, where many are equal, come out the same.
     """
-    if blend.options.get("density", 1.0) == 1.0 or (order := RANKED.get(blend.method.name)) is None:
+    if blend.options.get("density", 1.0) == 1.0 or (order := _RANKS.get(blend.method.name)) is None:
         return {}
     known = _known.setdefault(parents, _Geometry(parents))
     return {"ranks": [known.ranks(name, place, order) for place in range(len(parents.experts))]}

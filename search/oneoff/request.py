@@ -19,13 +19,13 @@ from typing import Any
 from search.anchors.options import AdaptOptions, AnchorOptions
 from search.errors import ConfigError
 from search.merging.methods.table import METHODS, OPTIONS
+from search.sections import MAX_EXPERTS
 from search.strict_yaml import load_yaml
 
 TSV, WUDI, FDA, SEPARATE = "tsv", "wudi", "fda", "lora_separate"
 KNOWN = (*METHODS, TSV, WUDI, FDA, SEPARATE)
 START = "start"
 _EXPERT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-_MAX_EXPERTS = 16
 _MAX_STEPS = 1_000_000
 _WUDI: dict[str, int | float] = {"scaling": 1.0, "steps": 300, "rate": 1e-5}
 
@@ -91,8 +91,8 @@ def _experts(given: Sequence[str]) -> dict[str, str]:
         if name in places:
             raise ConfigError(f"--expert {name}: given twice. Name each expert once.")
         places[name] = place
-    if not 1 <= len(places) <= _MAX_EXPERTS:
-        raise ConfigError(f"--expert: found {len(places)}, wanted 1 to {_MAX_EXPERTS}, such as math=./math.")
+    if not 1 <= len(places) <= MAX_EXPERTS:
+        raise ConfigError(f"--expert: found {len(places)}, wanted 1 to {MAX_EXPERTS}, such as math=./math.")
     return places
 
 

@@ -16,10 +16,10 @@ from matplotlib.patches import Rectangle
 from search.board import Board, Row
 from search.config import SpaceConfig
 from search.errors import ConfigError
+from search.groups import group_tensors, layer_of_group
 from search.picks import named_picks
 from search.plots.style import COLUMN, INK, POST, PRE, QUIET, canvas, caption, caption_height, drawn, label
-from search.sections import MergeConfig
-from search.space import CoefficientSpace, by_expert, layer_of_group
+from search.space import by_expert
 
 _SHORT = {"embeddings": "emb", "final_norm": "norm", "head": "head", "all": "all tensors", "other": "other"}
 _BEFORE = ("embeddings",)  # drawn left of the layers, the other groups outside the layers right of them
@@ -98,19 +98,16 @@ def _means(coefficients: Mapping[str, float]) -> dict[str, float]:
     """Means over tensors by layer and component."""
     by_layer = SpaceConfig(granularity="layer", components=["attention", "mlp", "norms"])
 
-    def grouped(names: list[str]) -> CoefficientSpace:
-        return CoefficientSpace.build(names, by_layer, MergeConfig())
-
     placed: list[str] = []
     for name in coefficients:
         try:
-            grouped([name])
+            group_tensors([name], by_layer)
             placed.append(name)
         except ConfigError:
             continue
     means = {
         group.name: float(np.mean([coefficients[tensor] for tensor in group.tensors]))
-        for group in grouped(placed).groups
+        for group in group_tensors(placed, by_layer)
     }
     other = [value for name, value in coefficients.items() if name not in set(placed)]
     return {**means, "other": float(np.mean(other))} if other else means

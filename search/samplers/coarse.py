@@ -22,9 +22,9 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, create_trial
 
+from search.groups import places_of
 from search.samplers.engine import Engine, Proposal
 from search.samplers.subspace import Blocks, Build, MakeGradient, SubspaceEngine
-from search.space import places_of
 from search.storage import TrialRecord
 
 if TYPE_CHECKING:

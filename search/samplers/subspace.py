@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.groups import BETWEEN, places_of, split_name
 from search.samplers.engine import Engine, Proposal, WeightedGradient
-from search.space import BETWEEN, places_of, split_name
 from search.storage import TrialRecord
 
 if TYPE_CHECKING:

@@ -30,10 +30,11 @@ from objectives.metrics import Metric
 from objectives.outcomes import Outcomes
 from search.baselines import BASELINES
 from search.config import parse_study
+from search.groups import Group
 from search.materials import Materials, Split
 from search.observer import Observer, Step
 from search.samplers import Engine, Proposal, Sources, make_engine
-from search.space import CoefficientSpace, Group, Recipe
+from search.space import CoefficientSpace, Recipe
 from search.storage import StudyStore, TrialRecord
 from search.study import run
 from search.worker import this_worker

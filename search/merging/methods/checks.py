@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from search.errors import MergeError
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from search.merging.checkpoint import FLOATS
 
 
 def check_pair(first: torch.Tensor, other: torch.Tensor) -> None:
