@@ -26,7 +26,8 @@ from search.materials import Materials
 from search.merging.methods.linear import linear_weights, merge_linear, weighted_sum
 from search.merging.parents import Parents
 from search.opening import create
-from search.picks import pick
+from search.picks import named_picks, pick
+from search.plots.coefficients import coefficients_figure
 from search.report import write_report
 from search.sections import MergeConfig, SpaceConfig
 from search.space import CoefficientSpace
@@ -263,6 +264,19 @@ def test_an_expert_that_left_a_group_alone_has_no_dimension_there(tmp_path: Path
     )
     materials = Materials.open(load_study_file(path), "cpu")
     assert materials.idle == ("kind/embeddings",)
+
+
+@pytest.mark.parametrize(("granularity", "panels"), [("uniform", 1), ("layer", 3)])
+def test_a_pick_has_one_row_of_cells_or_a_panel_an_expert(
+    granularity: str, panels: int, tmp_path: Path
+) -> None:
+    store, _ = finished(tmp_path, space={"granularity": granularity}, trials=2)
+    board = read_board(store)
+    figure = coefficients_figure(board)
+    titles = [title for axes in figure.axes if (title := axes.get_title(loc="left"))]
+    picked = {row.trial for row in named_picks(board).values()}
+    assert len(titles) == panels * len(picked)
+    assert all(any(title.endswith(f", {name}") for title in titles) == (panels > 1) for name in EXPERTS)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------

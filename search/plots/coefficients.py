@@ -119,17 +119,12 @@ def coefficients_figure(board: Board) -> Figure:
     picks: dict[int, tuple[list[str], Row]] = {}
     for name, row in named_picks(board).items():
         picks.setdefault(row.trial, ([], row))[0].append(name)
-    # (title, coefficients): several experts have a panel each.
-    drawings = [
-        (f"{', '.join(names)}: {row.label}" + (f", {expert}" if expert else ""), each)
-        for names, row in picks.values()
-        for expert, each in by_expert(row.coefficients).items()
-    ]
-    grids = [coefficient_grid(each) for _, each in drawings]
+    drawings = [drawing for names, row in picks.values() for drawing in _drawings(names, row)]
+    grids = [grid for _, _, grid in drawings]
     first = grids[0]
     cells = max(len(first.columns) + len(first.outside), 1)
     width = COLUMN if cells <= 44 else 2 * COLUMN
-    several = len(drawings) > len(picks)
+    several = len(board.of_kind("expert")) > 1
     end = "expert" if several else "post"
     text = f"0 is pre, 1 is {'the ' if several else ''}{end}; the uniform line has one colour everywhere."
     if first.averaged:
@@ -143,8 +138,7 @@ def coefficients_figure(board: Board) -> Figure:
         value for grid in grids for value in (*(c[3] for c in grid.layers), *(v for _, v in grid.outside))
     ]
     scale = Scale.over(values)
-    for axes, (title, each), grid in zip(panels, drawings, grids, strict=True):
-        mean = float(np.mean(list(each.values())))
+    for axes, (title, mean, grid) in zip(panels, drawings, strict=True):
         axes.set_title(label(title, 46), fontsize=7.5, pad=3)
         axes.set_title(f"mean {mean:.2f}", loc="right", fontsize=6.5, fontweight="normal", color=QUIET, pad=3)
         _draw(axes, grid, scale, numbers=cells <= 8, bottom=axes is panels[-1], inches=width - 0.6)
@@ -162,6 +156,22 @@ def coefficients_figure(board: Board) -> Figure:
     bar.ax.tick_params(length=2, labelsize=6.5)
     caption(figure, text)
     return figure
+
+
+def _drawings(names: Sequence[str], row: Row) -> list[tuple[str, float, Grid]]:
+    """Title, mean coefficient and grid of each panel of a pick: one an expert, but one for all with a cell each."""
+    title, experts = f"{', '.join(names)}: {row.label}", by_expert(row.coefficients)
+    if len(experts) > 1 and all(len(each) == 1 for each in experts.values()):
+        cells = tuple((expert, value) for expert, each in experts.items() for value in each.values())
+        return [(title, float(np.mean([value for _, value in cells])), Grid((), cells, averaged=False))]
+    return [
+        (
+            f"{title}, {expert}" if expert else title,
+            float(np.mean(list(each.values()))),
+            coefficient_grid(each),
+        )
+        for expert, each in experts.items()
+    ]
 
 
 def _draw(axes: Axes, grid: Grid, scale: Scale, *, numbers: bool, bottom: bool, inches: float) -> None:

@@ -43,6 +43,7 @@ Floats = npt.NDArray[np.float64]
 _PANEL_HEIGHT = 2.75
 _MANY = 1500  # dots from which on the SVG holds them as a bitmap
 _GAIN = "#C9EADF"  # the front's green on white
+_NAME = np.array([0.2, 0.1])  # of the parents' spread: within so much their names would overlap
 
 
 @drawn
@@ -175,6 +176,7 @@ class _Panel:
 
     def _uniform_line(self, line: Sequence[Row]) -> None:
         points = self._points(line)
+        named: list[tuple[float, float]] = []
         path = self._points([row for row in line if row.kind != "expert"])
         self.axes.plot(*path.T, color=INK, lw=0.8, ls=(0, (1, 1.2)), zorder=3)
         for row, (x, y) in zip(line, points, strict=True):
@@ -189,15 +191,19 @@ class _Panel:
             self.axes.plot(
                 x, y, "D", color=colour, ms=5.6, mec=FRONT if row.front else "white", mew=0.9, zorder=8
             )
-            self._name(row.label, colour, (x, y), points.mean(axis=0))
+            # Where parents coincide, their names stand on both sides, then further out.
+            near = np.abs(np.array([*named, (np.inf, np.inf)]) - (x, y)) < _NAME * np.ptp(points, axis=0)
+            named.append((x, y))
+            self._name(row.label, colour, (x, y), points.mean(axis=0), int(near.all(axis=1).sum()))
 
-    def _name(self, name: str, colour: str, point: tuple[float, float], middle: Floats) -> None:
-        """Writes a parent's name on the side that looks away from the uniform line."""
-        right, up = point[0] >= middle[0], point[1] >= middle[1]
+    def _name(self, name: str, colour: str, point: tuple[float, float], middle: Floats, others: int) -> None:
+        """Writes a parent's name on the side that looks away from the uniform line; so many others are near."""
+        right, up = (point[0] >= middle[0]) != (others % 2 == 1), point[1] >= middle[1]
+        lines = 4 + 9 * (others // 2)
         self.axes.annotate(
             label(name, 16),
             point,
-            xytext=(5 if right else -5, 4 if up else -4),
+            xytext=(5 if right else -5, lines if up else -lines),
             textcoords="offset points",
             ha="left" if right else "right",
             va="bottom" if up else "top",
