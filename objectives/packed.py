@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from objectives.masks import Masks, Unmaskable
 from objectives.tree_attention import Batch
 
 HEAD_VALUES = 2**25  # logits computed at once: 128 MiB in float32
-
-
-class Unpackable(Exception):
-    """The model cannot be fed token trees; the message says why."""
 
 
 class PackedModel:
@@ -26,28 +23,17 @@ class PackedModel:
         model: a transformers causal language model with `sdpa` or `eager` attention.
 
     Raises:
-        Unpackable: another attention implementation, a layer type other than full and sliding attention, rotary
-            scaling that depends on the length of the batch, or a missing part.
+        Unmaskable: see `Masks`, or a missing part.
     """
 
     def __init__(self, model: Any) -> None:
-        config = model.config.get_text_config()
-        self.implementation = str(config._attn_implementation)
-        if self.implementation not in ("sdpa", "eager"):
-            raise Unpackable(f"attention '{self.implementation}' takes no mask of our own")
+        self.masks = Masks(model)
         base, head = model.base_model, model.get_output_embeddings()
         if base is model or head is None:
-            raise Unpackable(f"{type(model).__name__} has no separate output head")
+            raise Unmaskable(f"{type(model).__name__} has no separate output head")
         self._base, self._head = base, head
         self._device = model.get_input_embeddings().weight.device
-        self._dtype = model.dtype
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._window, self._types = _windows(config)
-        scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        kinds = [scaling, *(value for value in scaling.values() if isinstance(value, dict))]
-        for kind in (str(entry.get("rope_type", "default")) for entry in kinds):
-            if kind in ("dynamic", "longrope"):
-                raise Unpackable(f"rotary scaling '{kind}' depends on the longest row of a batch")
+        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     @torch.inference_mode()
     def prefix(self, tokens: tuple[int, ...]) -> Any:
@@ -130,43 +116,16 @@ class PackedModel:
     def _masks(self, position: Tensor, end: Tensor, past: int) -> Tensor | dict[str, Tensor]:
         """`(b, 1, n, past + n)` per layer type: what each token sees of the prefix and of its row.
 
-        A window is counted in positions (depth in the tree), never in places of the row.
+        Its position is its depth in the tree.
         """
         n = position.shape[1]
         place = torch.arange(n, device=position.device)
         # [row, i, j]: j is i or an ancestor of i
         sees = (place[None, None, :] <= place[None, :, None]) & (place[None, :, None] < end[:, None, :])
-        masks = {}
-        for kind in self._types:
-            own = sees
-            before = sees.new_ones((position.shape[0], n, past))
-            if kind == "sliding_attention":
-                own = own & (position[:, :, None] - position[:, None, :] < self._window)
-                depth = torch.arange(past, device=position.device)
-                before = position[:, :, None] - depth[None, None, :] < self._window
-            masks[kind] = self._as_mask(torch.cat([before, own], dim=-1)[:, None])
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _as_mask(self, sees: Tensor) -> Tensor:
-        if self.implementation == "sdpa":
-            return sees
-        mask = torch.zeros(sees.shape, dtype=self._dtype, device=sees.device)
-        return mask.masked_fill(~sees, torch.finfo(self._dtype).min)
-
-
-def _windows(config: Any) -> tuple[int, tuple[str, ...]]:
-    """(window in positions, the kinds of attention the layers use)."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # one kind for all: Mistral's window when it has one
-        kinds = ["full_attention" if window is None else "sliding_attention"]
-    types = tuple(sorted(set(kinds)))
-    unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
-    if unknown:
-        raise Unpackable(f"layers of type '{unknown[0]}' are no plain attention")
-    if "sliding_attention" in types and window is None:
-        raise Unpackable("sliding-window layers, but config.json has no sliding_window")
-    return int(window or 0), types
+        before = sees.new_ones((position.shape[0], n, past))
+        depth = torch.arange(past, device=position.device).expand(position.shape[0], past)
+        column = torch.cat([depth, position], dim=-1)
+        return self.masks.of(torch.cat([before, sees], dim=-1), position, column)
 
 
 class GraphPrefix:

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import torch
 
 from objectives.encoding import EncodedQuestion, encode_questions, max_length
-from objectives.packed import PackedModel, Unpackable
+from objectives.masks import Unmaskable
+from objectives.packed import PackedModel
 from objectives.tree_attention import Batch, Group, build_row, make_batch, pack, plan_groups
 from search.errors import ConfigError, EvaluationError
 
@@ -214,9 +215,9 @@ class Scorer:
             return
         try:
             packed = PackedModel(self.model)
-            if packed.implementation != "sdpa":
+            if packed.masks.implementation != "sdpa":
                 self.notes.append(
-                    f"attention is '{packed.implementation}': this model does not support sdpa."
+                    f"attention is '{packed.masks.implementation}': this model does not support sdpa."
                 )
             encoded = _sample(self.model, self.limit)
             group = Group(
@@ -225,7 +226,7 @@ class Scorer:
             )
             with_prefix = self._score(packed, encoded, [group], None)
             plain = _plain(self.model, encoded, None)
-        except Unpackable as error:
+        except Unmaskable as error:
             self._fall_back(str(error))
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):

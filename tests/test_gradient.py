@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import objectives.packed
+import objectives.masks
 from objectives.backward import GRAPH_SHARE
 from objectives.losses import BRIER, CROSS_ENTROPY, SOFT_BINNED_ECE, Loss, scalarized
 from objectives.scoring import Scorer, plain_loglikelihoods
@@ -267,7 +267,7 @@ def test_what_cannot_be_differentiated(tmp_path: Path, monkeypatch: pytest.Monke
         gradient.at(some_recipe(gradient.space), Loss("undefined", undefined, coupled=False))
 
     def refuse(model: Any) -> None:
-        raise objectives.packed.Unpackable("layers of type 'state space' are no plain attention")
+        raise objectives.masks.Unmaskable("layers of type 'state space' are no plain attention")
 
     monkeypatch.setattr("objectives.scoring.PackedModel", refuse)
     with pytest.raises(ConfigError, match=r"needs a model that takes token trees.*state space"):

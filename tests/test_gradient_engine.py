@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from objectives.packed import Unpackable
+from objectives.masks import Unmaskable
 from search.baselines import BASELINES
 from search.budget import set_budget, set_tokens
 from search.config import load_study_file
@@ -185,7 +185,7 @@ def test_a_model_without_gradients_is_refused_before_anything_is_written(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(model: Any) -> None:
-        raise Unpackable("layers of type 'state space' are no plain attention")
+        raise Unmaskable("layers of type 'state space' are no plain attention")
 
     monkeypatch.setattr("objectives.scoring.PackedModel", refuse)
     code, out, err = cli("launch", study(tmp_path / "study"))
