@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from search.errors import ConfigError
@@ -37,3 +38,19 @@ class Chat:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{self._where}.chat_template: the template fails ({reason}).") from error
         return str(rendered)
+
+
+def rendered(messages: Sequence[Mapping[str, str]], tokenizer: Any, *, generate: bool) -> str:
+    """Messages (role, content) in the tokenizer's chat template, with `generate` up to where the next answer starts.
+
+    Raises:
+        ConfigError: no chat template, or one that fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("prompts: chat_template is asked for, but the tokenizer has none. Set it to false.")
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    except Exception as error:  # a template is a program: it raises what it likes
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise ConfigError(f"prompts: the chat template fails ({reason}).") from error
+    return str(text)

@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from objectives.chat import PROBE
+from objectives.chat import rendered
 from objectives.drawing import draw_tokens
 from objectives.encoding import max_length
 from objectives.evidence_file import checked_array, read_evidence, write_evidence
+from objectives.stopping import decoded, stopping
 from search.errors import ConfigError, EvaluationError
 
 FORMAT = "mergefront-generations-1"
@@ -80,10 +81,11 @@ class Generations:
     """The s answers that one model gave to each of n prompts, at most t tokens each; arrays are read-only.
 
     Attributes:
-        tokens: `(n, s, t)` int32 token ids, -1 after the last; the token that ended an answer is not kept.
+        tokens: `(n, s, t)` int32 token ids, -1 after the last; a token that ended an answer by itself is not kept.
         prompt_tokens: tokens of all prompts together; each prompt went through the model once.
         digest: SHA-256 over the prompts' tokens, in order, and how the answers were drawn.
         seconds: wall time; not saved, 0.0 after `load`.
+        completed: answers of less than t tokens that ended with a text: the last token of it is kept.
 
     Raises:
         EvaluationError: a shape, a dtype, an id below -1, or a token after the padding.
@@ -97,6 +99,7 @@ class Generations:
     prompt_tokens: int
     digest: str
     seconds: float = 0.0
+    completed: int = 0
 
     def __post_init__(self) -> None:
         found = self.tokens
@@ -123,14 +126,14 @@ class Generations:
     @property
     def generated_tokens(self) -> int:
         """Tokens drawn, those that ended an answer included; with `prompt_tokens`, what the answers cost."""
-        return int((self.tokens != PADDING).sum()) + int(self.finished.sum())
+        return int((self.tokens != PADDING).sum()) + int(self.finished.sum()) - self.completed
 
     def texts(self, tokenizer: Any) -> tuple[tuple[str, ...], ...]:
         """n tuples of s answers, decoded without special tokens."""
         n, s, t = self.tokens.shape
         ids = [answer[answer != PADDING].tolist() for answer in self.tokens.reshape(n * s, t)]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return tuple(tuple(map(str, texts[i * s : (i + 1) * s])) for i in range(n))
+        texts = decoded(ids, tokenizer)
+        return tuple(tuple(texts[i * s : (i + 1) * s]) for i in range(n))
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Writes a safetensors file, whole or not at all; equal generations give equal bytes.
@@ -142,6 +145,8 @@ class Generations:
             DiskError: the file cannot be written; an earlier one stays as it was.
         """
         metadata = {"format": FORMAT, "about": self.digest, "prompt_tokens": str(self.prompt_tokens)}
+        if self.completed:
+            metadata["completed"] = str(self.completed)
         return write_evidence(path, {"tokens": self.tokens}, metadata)
 
     @classmethod
@@ -158,12 +163,21 @@ class Generations:
             EvaluationError: no such file, another content, other prompts, or another array than promised.
         """
         arrays, metadata = read_evidence(path, FORMAT, sha256=sha256, about=digest)
-        count = metadata.get("prompt_tokens", "")
-        if not count.isdecimal():
-            raise EvaluationError(f"{path}: prompt_tokens is {count!r}, wanted a number.")
+        counts = {
+            "prompt_tokens": metadata.get("prompt_tokens", ""),
+            "completed": metadata.get("completed", "0"),
+        }
+        for name, count in counts.items():
+            if not count.isdecimal():
+                raise EvaluationError(f"{path}: {name} is {count!r}, wanted a number.")
         tokens = checked_array(path, arrays, "tokens", np.int32)
         try:
-            return cls(tokens, int(count), metadata.get("about", ""))
+            return cls(
+                tokens,
+                int(counts["prompt_tokens"]),
+                metadata.get("about", ""),
+                completed=int(counts["completed"]),
+            )
         except EvaluationError as error:
             raise EvaluationError(f"{path}: {error}") from error
 
@@ -178,10 +192,12 @@ class AnswerSampler:
         decoding: how the answers are drawn.
         chat_template: whether each prompt becomes a user's message in the tokenizer's chat template; the token
             with which the template ends an assistant's message then ends an answer, too.
+        until: texts that end an answer, too; what was drawn up to the end of the first stays in its tokens, `texts`
+            cuts it.
         batch_rows: answers at work at once, rounded down to whole prompts (at least one).
 
     Attributes:
-        prompts: token ids of each prompt. stops: token ids that end an answer.
+        prompts: token ids of each prompt. stopping: what ends an answer.
         digest: as in `Generations`.
 
     Raises:
@@ -198,6 +214,7 @@ class AnswerSampler:
         decoding: Decoding | None = None,
         *,
         chat_template: bool = False,
+        until: Sequence[str] = (),
         batch_rows: int = BATCH_ROWS,
     ) -> None:
         self.model = model.eval()
@@ -211,11 +228,11 @@ class AnswerSampler:
                 f"prompts: {type(model).__name__} keeps a recurrent state, which the padding of a batch would "
                 "change (wanted attention layers). Remove the diversity of this study."
             )
-        self.stops = _stops(tokenizer, chat_template)
+        self.stopping = stopping(tokenizer, chat_template=chat_template, until=until)
         texts = list(prompts)
         if chat_template:
             turns = [[{"role": "user", "content": text}] for text in prompts]
-            texts = [_rendered(turn, tokenizer, generate=True) for turn in turns]
+            texts = [rendered(turn, tokenizer, generate=True) for turn in turns]
         self.prompts = tuple(_encoded(i, text, tokenizer) for i, text in enumerate(texts))
         limit = max_length(model.config, tokenizer)
         for i, prompt in enumerate(self.prompts):
@@ -224,7 +241,8 @@ class AnswerSampler:
                     f"prompt {i} ({prompts[i][:40]!r}): {len(prompt)} tokens and {self.decoding.max_new_tokens} new "
                     f"ones (wanted {limit} together: the model's context). Shorten it or lower max_new_tokens."
                 )
-        content = json.dumps([self.prompts, self.stops, asdict(self.decoding)])
+        ends = [list(self.stopping.until)] if until else []
+        content = json.dumps([self.prompts, self.stopping.stops, asdict(self.decoding), *ends])
         self.digest = hashlib.sha256(content.encode()).hexdigest()
 
     def generate(self, progress: Progress | None = None) -> Generations:
@@ -248,8 +266,15 @@ class AnswerSampler:
                 tokens[part] = drawn.reshape(len(part), s, t)
             if progress is not None:
                 progress(first + len(batch), n)
-        seconds = time.perf_counter() - start
-        return Generations(tokens, sum(map(len, self.prompts)), self.digest, seconds)
+        found = Generations(tokens, sum(map(len, self.prompts)), self.digest)
+        # An answer that contains a text of `until` was ended by it, since it went no further.
+        texts = np.array(found.texts(self.tokenizer))[found.finished] if self.stopping.until else ()
+        completed = sum(self.stopping.cut(text) != text for text in texts)
+        return replace(found, seconds=time.perf_counter() - start, completed=completed)
+
+    def texts(self, found: Generations) -> tuple[tuple[str, ...], ...]:
+        """n tuples of s answers that this sampler drew, each up to the first of `until`."""
+        return tuple(tuple(map(self.stopping.cut, answers)) for answers in found.texts(self.tokenizer))
 
     def _within_memory(self, batch: list[int]) -> list[tuple[list[int], Integers]]:
         """Answers of a batch; where an accelerator's memory does not hold it, of its halves, and so on."""
@@ -276,7 +301,8 @@ class AnswerSampler:
         cache.batch_repeat_interleave(s)
         mask, logits = mask.repeat_interleave(s, dim=0), logits.repeat_interleave(s, dim=0)
 
-        uniform = np.concatenate([_uniforms(self.prompts[i], self.decoding) for i in batch])
+        seed = self.decoding.seed
+        uniform = np.array([uniforms(self.prompts[i], seed, j, t) for i in batch for j in range(s)])
         tokens = np.full(uniform.shape, PADDING, dtype=np.int32)
         alive = np.arange(len(uniform))
         for step in range(t):
@@ -287,8 +313,12 @@ class AnswerSampler:
                     "are not numbers. The model's values are out of range; narrow the space's bounds or use float32."
                 )
             drawn = draw_tokens(logits, uniform[alive, step], self.decoding.temperature, self.decoding.top_p)
-            ended = np.isin(drawn, self.stops)
+            ended = self.stopping.ends(drawn)
             tokens[alive[~ended], step] = drawn[~ended]
+            if self.stopping.until:
+                going = np.flatnonzero(~ended)
+                written = tokens[alive[going], : step + 1].tolist()
+                ended[going] = self.stopping.reached(written, drawn[going].tolist())
             if ended.all() or step + 1 == t:
                 break
             if ended.any():
@@ -315,15 +345,15 @@ class AnswerSampler:
         return logits
 
 
-def _uniforms(prompt: tuple[int, ...], decoding: Decoding) -> Floats:
-    """`(samples, max_new_tokens)` uniform numbers; row j depends on the prompt, the seed and j alone."""
-    rows = []
-    for j in range(decoding.samples):
-        key = hashlib.sha256(json.dumps([decoding.seed, j, prompt]).encode()).digest()[:16]
-        # Raw bits, whose stream NumPy guarantees; 53 of them make a float64.
-        bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(decoding.max_new_tokens)
-        rows.append((bits >> np.uint64(11)) * 2.0**-53)
-    return np.array(rows)
+def uniforms(prompt: tuple[int, ...], seed: int, sample: int, n: int) -> Floats:
+    """`(n,)` uniform numbers in [0, 1) that depend on the prompt's tokens, the seed and the sample's index alone.
+
+    More of them begin with the same ones.
+    """
+    key = hashlib.sha256(json.dumps([seed, sample, prompt]).encode()).digest()[:16]
+    # Raw bits, whose stream NumPy guarantees; 53 of them make a float64.
+    bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
+    return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
 
 
 def _left_padded(prompts: Sequence[tuple[int, ...]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -344,26 +374,3 @@ def _encoded(number: int, text: str, tokenizer: Any) -> tuple[int, ...]:
     if not found:
         raise ConfigError(f"prompt {number}: has no token, and the tokenizer has neither BOS nor EOS for it.")
     return found
-
-
-def _stops(tokenizer: Any, chat_template: bool) -> tuple[int, ...]:
-    """The EOS, and with a chat template the special token that follows an assistant's message."""
-    stops = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    if chat_template:
-        turn = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": PROBE}]
-        _, _, rest = _rendered(turn, tokenizer, generate=False).rpartition(PROBE)
-        following = tokenizer(rest.strip(), add_special_tokens=False)["input_ids"][:1]
-        special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        stops |= special.intersection(int(token) for token in following)
-    return tuple(sorted(stops))
-
-
-def _rendered(messages: list[dict[str, str]], tokenizer: Any, *, generate: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("prompts: chat_template is asked for, but the tokenizer has none. Set it to false.")
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except Exception as error:  # a template is a program: it raises what it likes
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise ConfigError(f"prompts: the chat template fails ({reason}).") from error
-    return str(rendered)

@@ -19,7 +19,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from objectives.drawing import draw_tokens
-from objectives.generation import AnswerSampler, Decoding, Generations
+from objectives.generation import AnswerSampler, Decoding, Generations, uniforms
+from objectives.stopping import Stopping
 from search.errors import ConfigError, DiskError, EvaluationError
 from tests.pico import ARCHS, pico_model, pico_tokenizer
 
@@ -52,7 +53,8 @@ def sampler(
     **options: Any,
 ) -> AnswerSampler:
     one = AnswerSampler(model or shared(), tokenizer or pico_tokenizer(), prompts, decoding, **options)
-    one.stops = one.stops if stops is None else stops
+    if stops is not None:
+        one.stopping = Stopping(one.tokenizer, stops, one.stopping.until)
     return one
 
 
@@ -183,16 +185,15 @@ def test_answers_equal_those_without_cache_and_padding() -> None:
     model = shared()
     one = sampler(decoding=replace(SHORT, temperature=0.8, top_p=0.9), stops=OFTEN)
     found = one.generate()
-    from objectives.generation import _uniforms
-
     for prompt, answers in zip(one.prompts, found.tokens, strict=True):
-        for answer, uniform in zip(answers, _uniforms(prompt, one.decoding), strict=True):
+        numbers = [uniforms(prompt, one.decoding.seed, j, 12) for j in range(3)]
+        for answer, uniform in zip(answers, numbers, strict=True):
             text: list[int] = []
             for u in uniform:
                 with torch.inference_mode():
                     logits = model(torch.tensor([[*prompt, *text]]), use_cache=False).logits[:, -1]
                 token = int(draw_tokens(logits, np.array([u]), 0.8, 0.9)[0])
-                if token in one.stops:
+                if token in one.stopping.stops:
                     break
                 text.append(token)
             assert answer[answer >= 0].tolist() == text
@@ -266,8 +267,8 @@ def test_a_chat_template_wraps_the_prompt_and_names_the_end_of_a_turn() -> None:
         tokenizer = chat_tokenizer(turn.replace("%s", end) + prompt)
         one = sampler(prompts=["Hi"], tokenizer=tokenizer, chat_template=True)
         assert tokenizer.decode(one.prompts[0]) == f"user: Hi{end}assistant:"
-        assert {tokenizer.decode(token) for token in one.stops} == stops
-        assert sampler(prompts=["Hi"], tokenizer=tokenizer).stops == (2,)
+        assert {tokenizer.decode(token) for token in one.stopping.stops} == stops
+        assert sampler(prompts=["Hi"], tokenizer=tokenizer).stopping.stops == (2,)
     with pytest.raises(ConfigError, match="chat_template is asked for, but the tokenizer has none"):
         sampler(chat_template=True)
     with pytest.raises(ConfigError, match=r"the chat template fails \(no roles, please\)"):
@@ -288,7 +289,7 @@ def test_special_tokens_of_prompts() -> None:
     )  # a text that brings its BOS gets no second
     bare = pico_tokenizer()
     bare.bos_token = bare.eos_token = None
-    assert sampler(prompts=["a"], tokenizer=bare).stops == ()
+    assert sampler(prompts=["a"], tokenizer=bare).stopping.stops == ()
     assert sampler(prompts=["a"], tokenizer=bare).generate().finished.any() == np.False_
     with pytest.raises(ConfigError, match="prompt 1: has no token"):
         sampler(prompts=["a", ""], tokenizer=bare)
@@ -479,3 +480,90 @@ def test_any_answers_survive(tmp_path_factory: pytest.TempPathFactory, answers: 
     found.save(path)
     assert np.array_equal(Generations.load(path).tokens, tokens)
     assert all(isinstance(text, str) for text in found.texts(pico_tokenizer())[0])
+
+
+def newline_often(seed: int = 0) -> Any:
+    """A peaked model that writes a line of about a dozen characters."""
+    model = peaked(seed=seed)
+    head = torch.nn.Linear(32, 96, bias=True)
+    with torch.no_grad():
+        head.weight.copy_(model.get_output_embeddings().weight)
+        head.bias.zero_()
+        head.bias[pico_tokenizer().convert_tokens_to_ids("\n")] = 3.0
+    model.lm_head = head
+    return model
+
+
+def test_an_answer_ends_with_a_text_and_its_batch_goes_on_without_it() -> None:
+    model, decoding = newline_often(), Decoding(samples=4, max_new_tokens=24, seed=2)
+    free = sampler(model, decoding=decoding).generate()
+    for until in (("\n",), ("a", "\n"), ("never there",)):
+        one = sampler(model, decoding=decoding, until=until)
+        found = one.generate()
+        ends, steps = 0, 0
+        for answer, whole in zip(found.tokens.reshape(-1, 24), free.tokens.reshape(-1, 24), strict=True):
+            kept = answer[answer >= 0].tolist()
+            assert whole[: len(kept)].tolist() == kept  # the same draws, only fewer
+            full = whole[whole >= 0].tolist()
+            texts = [one.tokenizer.decode(full[: n + 1], skip_special_tokens=True) for n in range(len(full))]
+            reached = [any(end in text for end in until) for text in texts]
+            if any(reached):
+                assert len(kept) == reached.index(True) + 1
+                ends, steps = ends + (len(kept) < 24), steps + len(kept)
+            else:
+                assert kept == full
+                steps += len(kept) + (len(kept) < 24)
+        assert found.completed == ends
+        assert found.generated_tokens == steps
+        assert found.digest != free.digest
+        assert [text for row in one.texts(found) for text in row] == [
+            one.stopping.cut(text) for row in free.texts(one.tokenizer) for text in row
+        ]
+        assert (ends > 0) == (until != ("never there",))
+    assert np.array_equal(
+        sampler(model, decoding=decoding, until=("\n",), batch_rows=1).generate().tokens,
+        sampler(model, decoding=decoding, until=("\n",)).generate().tokens,
+    )
+
+
+def test_how_many_answers_a_text_ended_is_kept_on_disk(tmp_path: Path) -> None:
+    found = sampler(newline_often(), until=["\n"]).generate()
+    assert found.completed > 0
+    again = Generations.load(tmp_path / "g", sha256=found.save(tmp_path / "g"), digest=found.digest)
+    assert (again.completed, again.generated_tokens) == (found.completed, found.generated_tokens)
+
+
+def test_texts_that_end_answers_are_found_in_every_tokenizers_pieces() -> None:
+    """Byte pieces that hold parts of characters, and words whose space is dropped when they stand alone."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ċ"), ("e", "n"), ("en", "d")]
+    pieces = [*letters, *(a + b for a, b in merges)]
+    byte_level = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    words = Tokenizer(
+        models.WordLevel({"<unk>": 0, "▁Q:": 1, "▁I": 2, "▁see": 3, "\n": 4}, unk_token="<unk>")
+    )
+    words.decoder = decoders.Metaspace()
+    for backend, answer, until in (
+        (byte_level, byte_level.encode("the é\n\nend").ids, ("é",)),
+        (byte_level, byte_level.encode("the é\n\nend").ids, ("\nen",)),
+        (byte_level, byte_level.encode("the é\n\nend").ids, ("\n\n",)),
+        (words, [2, 3, 1, 2], ("Q: ",)),
+        (words, [2, 3, 4, 2], ("\n", "Q:")),
+    ):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        stop = Stopping(tokenizer, (), until)
+        texts = [
+            tokenizer.decode(answer[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for n in range(1, len(answer) + 1)
+        ]
+        wanted = [any(end in text for end in until) for text in texts]
+        first = wanted.index(True)
+        for n in range(first + 1):  # nothing is drawn after it
+            assert stop.reached([answer[: n + 1]], [answer[n]]) == [wanted[n]]
+    with pytest.raises(ConfigError, match="until: found an empty text"):
+        Stopping(None, (), ("a", ""))
