@@ -229,11 +229,7 @@ class AnswerSampler:
                 "change (wanted attention layers). Remove the diversity of this study."
             )
         self.stopping = stopping(tokenizer, chat_template=chat_template, until=until)
-        texts = list(prompts)
-        if chat_template:
-            turns = [[{"role": "user", "content": text}] for text in prompts]
-            texts = [rendered(turn, tokenizer, generate=True) for turn in turns]
-        self.prompts = tuple(_encoded(i, text, tokenizer) for i, text in enumerate(texts))
+        self.prompts = encode_prompts(prompts, tokenizer, chat_template=chat_template)
         limit = max_length(model.config, tokenizer)
         for i, prompt in enumerate(self.prompts):
             if len(prompt) + self.decoding.max_new_tokens > limit:
@@ -354,6 +350,21 @@ def uniforms(prompt: tuple[int, ...], seed: int, sample: int, n: int) -> Floats:
     # Raw bits, whose stream NumPy guarantees; 53 of them make a float64.
     bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
     return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
+
+
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: Any, *, chat_template: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each prompt, as a user's message in the tokenizer's chat template where that is wanted.
+
+    Raises:
+        ConfigError: a prompt without tokens, no chat template, or one that fails.
+    """
+    texts = list(prompts)
+    if chat_template:
+        turns = [[{"role": "user", "content": text}] for text in prompts]
+        texts = [rendered(turn, tokenizer, generate=True) for turn in turns]
+    return tuple(_encoded(i, text, tokenizer) for i, text in enumerate(texts))
 
 
 def _left_padded(prompts: Sequence[tuple[int, ...]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
