@@ -78,7 +78,7 @@ class CachedReader:
         behind = np.array([len(text) for text in texts]) - self._read[rows]
         due = np.flatnonzero(behind > 0)
         if due.size:
-            unread = [texts[i][self._read[rows[i]] :] for i in due]
+            unread = [texts[int(i)][self._read[rows[i]] :] for i in due]
             self._forward(rows[due], unread)
 
     def _begin(self, rows: Integers) -> None:
