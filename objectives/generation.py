@@ -286,12 +286,10 @@ class AnswerSampler:
     @torch.inference_mode()
     def _batch(self, batch: Sequence[int]) -> Integers:
         """`(b * s, t)` token ids for the prompts at `batch`, -1 after the last."""
-        from transformers.cache_utils import DynamicCache
-
         s, t = self.decoding.samples, self.decoding.max_new_tokens
         device = self.model.get_input_embeddings().weight.device
         ids, mask = (torch.from_numpy(a).to(device) for a in _left_padded([self.prompts[i] for i in batch]))
-        cache = DynamicCache(config=self.model.config)
+        cache = new_cache(self.model)
         logits = self._logits(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         # The prompt's keys and values are computed once, then copied for each of its samples.
         cache.batch_repeat_interleave(s)
@@ -339,6 +337,14 @@ class AnswerSampler:
         )
         logits: Tensor = out.logits[:, -1]
         return logits
+
+
+def new_cache(model: Any) -> Any:
+    """An empty cache of keys and values: the model's own `new_cache()` where it has one, else a DynamicCache."""
+    from transformers.cache_utils import DynamicCache
+
+    own = getattr(model, "new_cache", None)
+    return DynamicCache(config=model.config) if own is None else own()
 
 
 def uniforms(prompt: tuple[int, ...], seed: int, sample: int, n: int) -> Floats:
