@@ -18,7 +18,6 @@ from search.anchors.blocks import Blocks
 from search.anchors.build import Progress, build
 from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.starts import FromExperts, FromMerge, FromPre
-from search.anchors.store import Store
 from search.errors import (
     CheckpointError,
     ConfigError,
@@ -30,6 +29,7 @@ from search.errors import (
 from search.merging.checkpoint import Checkpoint
 from search.merging.methods.linear import merge_linear
 from search.merging.parents import Parents
+from search.piece_store import PieceStore
 from tests.pico import VOCAB, block_network, pico_model, pico_tokenizer
 
 OPTIONS = AnchorOptions(n=4, tokens=3, steps=3)
@@ -388,9 +388,9 @@ def test_a_merge_of_other_models_is_not_refined(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parents = opened(tmp_path)
 
-    def full(self: Store, *arguments: Any) -> None:
+    def full(self: PieceStore, *arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("search.anchors.store.write_whole", full)
+    monkeypatch.setattr("search.piece_store.write_whole", full)
     with pytest.raises(DiskError, match="no space left"):
         build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)

@@ -17,7 +17,7 @@ from mergekit.merge import MergeOptions, run_merge
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import search.anchors.store
+import search.piece_store
 from search.anchors.build import Progress, build
 from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.starts import FromExperts, FromMerge
@@ -250,7 +250,7 @@ def test_a_killed_fda_goes_on_to_the_same_bytes(
 
 def _die_at(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After so many pieces: within the next one, or within the checkpoint."""
-    write, written = search.anchors.store.write_whole, []
+    write, written = search.piece_store.write_whole, []
 
     def strike(path: Path, data: bytes) -> None:
         if len(written) == stop:
@@ -258,7 +258,7 @@ def _die_at(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
         write(path, data)
         written.append(path)
 
-    monkeypatch.setattr(search.anchors.store, "write_whole", strike)
+    monkeypatch.setattr(search.piece_store, "write_whole", strike)
     if stop == 6:
         monkeypatch.setattr(
             "search.oneoff.make.write_manifest", lambda *_: os.kill(os.getpid(), signal.SIGKILL)

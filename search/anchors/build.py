@@ -19,12 +19,12 @@ import torch
 from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.pieces import Piece, Pieces
 from search.anchors.starts import FromPre, Start
-from search.anchors.store import Store
 from search.errors import ConfigError, ExportError, MergeError
 from search.merging.header import shown
 from search.merging.parents import Parents
 from search.merging.save import check_saved, size_of
 from search.merging.writing import save_tensors
+from search.piece_store import PieceStore
 from search.staging import check_space, lone_folder
 
 Phase = Literal["sigma", "construct", "adapt", "write"]
@@ -118,7 +118,7 @@ def build(
     beginning.check(parents)
     _check_places(parents, out, work, overwrite)
     kind = dtype or parents.pre.dtype(parents.names[0])
-    pieces = Pieces(parents, Store(work), options, fitting, beginning, data, device)
+    pieces = Pieces(parents, PieceStore(work), options, fitting, beginning, data, device)
     check_space(work, pieces.bytes)
     check_space(out, size_of(parents, kind))
     builder = _Builder(pieces, watch)

@@ -16,10 +16,10 @@ from search.anchors.construct import construct, gauss, pick_sigma, weight_rows
 from search.anchors.functional import Weights
 from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.starts import Start
-from search.anchors.store import Store, digest_of, tensor_digest
 from search.errors import ConfigError, MergeError
 from search.merging.header import shown
 from search.merging.parents import Parents
+from search.piece_store import PieceStore, digest_of, tensor_digest
 
 Tell = Callable[[int, float], None]
 
@@ -53,7 +53,7 @@ class Pieces:
     def __init__(
         self,
         parents: Parents,
-        store: Store,
+        store: PieceStore,
         options: AnchorOptions,
         adapt: AdaptOptions,
         start: Start,

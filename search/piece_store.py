@@ -27,7 +27,7 @@ FORMAT = 1  # part of every name: another way to compute a piece makes another f
 _KEY = "mergefront"  # one only: the library writes several metadata in random order
 
 
-class Store:
+class PieceStore:
     """A folder of pieces. A piece is a few tensors, found again by its facts: what it was computed from.
 
     Args:
