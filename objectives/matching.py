@@ -88,6 +88,16 @@ class Rule:
     key: Callable[[str], str]
     right: Callable[[str, Sequence[str]], bool]
 
+    def score(self, answer: str, accepted: Sequence[str]) -> float:
+        """How good an answer is, in [0, 1]; higher is better: of `f1` the best overlap, of the others 1 if it is right.
+
+        >>> round(get_rule("f1").score("the red house", ("a red door",)), 3)
+        0.5
+        """
+        if self.name == "f1":
+            return max(token_f1(answer, one) for one in accepted)
+        return float(self.right(self.key(answer), accepted))
+
 
 def _equal(key: Callable[[str], str]) -> Callable[[str, Sequence[str]], bool]:
     return lambda found, accepted: bool(found) and any(found == key(one) for one in accepted)

@@ -11,9 +11,10 @@ import torch
 from objectives.generation import AnswerSampler, Decoding, encode_prompts
 from objectives.stopping import stopping
 from search.errors import ConfigError, EvaluationError
+from search.switching.batch import INSERTED, Start
 from search.switching.policies import Always, AtRandom, ByPrompt
 from search.switching.reader import CachedReader, PlainReader, make_reader
-from search.switching.relay import INSERTED, Relay, Relayed, Start
+from search.switching.relay import Relay, Relayed
 from search.switching.turns import Turns
 from tests.pico import ARCHS, pico_model, pico_tokenizer
 

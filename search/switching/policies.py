@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from objectives.generation import uniforms
+from search.switching.batch import Border, Response
 from search.switching.reader import Integers, Tokens
-from search.switching.relay import Border, Response
 
 
 @dataclass(frozen=True)
