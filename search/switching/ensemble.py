@@ -137,8 +137,8 @@ def contrastive(strong: Any, weak: Any, strength: float = 0.5, plausibility: flo
         score(x) = -inf                                        elsewhere
 
     (Li et al. 2022, arXiv 2210.15097, whose score log p_strong - log p_weak this becomes, but for its scale, for large
-    b; in this form O'Brien and Lewis 2023, arXiv 2309.09117, whose values are the defaults.) With strength 0 and
-    plausibility 0 it is the strong model by itself. The scores are drawn from as log-probabilities are.
+    b; in this form O'Brien and Lewis 2023, arXiv 2309.09117.) With strength 0 and plausibility 0 it is the strong model
+    by itself. The scores are drawn from as log-probabilities are.
 
     Where the weak model rules a token out (-inf) its score would have no bound; it counts as its least probable one.
 
