@@ -55,6 +55,7 @@ def test_the_soup_is_the_one_of_the_published_recipe(values: list[int]) -> None:
             wanted.append(name)
     assert list(soup.ingredients) == wanted
     assert soup.score == table[frozenset(wanted)]
+    assert [step.candidate for step in soup.steps if step.kept] == wanted[1:]
     assert soup.score >= max(table[frozenset([name])] for name in NAMES)
     assert soup.score <= max(table.values())
     assert {name for name, share in soup.weights.items() if share} == set(wanted)

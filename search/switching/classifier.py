@@ -196,7 +196,7 @@ def _fit(x: Floats, y: Integers, classes: int, penalties: Sequence[float]) -> li
     still = spread <= _STILL * np.abs(x).max(axis=0)
     scale = np.where(still, 1.0, spread)
     z = (x - mean) / scale
-    z[:, still] = 0.0
+    z[:, still] = 0.0  # so its weight stays where it starts, at 0
     present = np.unique(y)
     c, d, m = len(present), x.shape[1], len(x)
     hot = (y[:, None] == present).astype(np.float64)
@@ -220,7 +220,6 @@ def _fit(x: Floats, y: Integers, classes: int, penalties: Sequence[float]) -> li
         start = found.x
         weight, bias = np.zeros((classes, d)), np.full(classes, -np.inf)
         weight[present], bias[present] = start[c:].reshape(c, d), start[:c]
-        weight[:, still] = 0.0
         made.append(Classifier(weight, bias, mean, scale))
     return made
 

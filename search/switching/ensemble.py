@@ -178,7 +178,7 @@ def contrast(strong: Tensor, weak: Tensor, strength: float, plausibility: float)
         least = weak.masked_fill(~known, torch.inf).amin(dim=-1, keepdim=True)
         score = (1.0 + strength) * strong - strength * torch.where(weak == -torch.inf, least, weak)
     floor = math.log(plausibility) if plausibility > 0.0 else -math.inf
-    plausible = (strong >= strong.amax(dim=-1, keepdim=True) + floor) & (strong != -torch.inf)
+    plausible = strong >= strong.amax(dim=-1, keepdim=True) + floor
     return torch.where(plausible, score, -torch.inf)
 
 
