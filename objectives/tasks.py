@@ -15,70 +15,23 @@ The rules, in order:
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from objectives.chat import Chat
+from objectives.formats import closed_question, few_shot, sha256, shuffled
 from objectives.presets import LETTERS, PRESETS, Item, Preset, field, plain, text, texts
+from objectives.questions import AnyQuestion, Question, QuestionSet, WrittenQuestion
 from objectives.sources import Rows, Source, read_sources
 from search.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.config import SplitConfig, TaskConfig
 
-
-@dataclass(frozen=True)
-class Question:
-    """One question in the exact texts that are scored.
-
-    Attributes:
-        key: SHA-256 of the texts and the answer; the same in every run.
-        task: index into the study's tasks.
-        context: text before every option.
-        options: the continuations, as scored, with their leading space.
-        gold: index of the right option.
-        normalizer: what each option's log-likelihood is divided by when `normalize` is `characters` or
-            `bytes`; else None.
-        contexts: one context per option instead of `context` (WinoGrande); None otherwise.
-    """
-
-    key: str
-    task: int
-    context: str
-    options: tuple[str, ...]
-    gold: int
-    normalizer: tuple[float, ...] | None = None
-    contexts: tuple[str, ...] | None = None
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """(context, continuation) of each option."""
-        contexts = self.contexts or (self.context,) * len(self.options)
-        return list(zip(contexts, self.options, strict=True))
-
-
-@dataclass(frozen=True)
-class QuestionSet:
-    """All questions of a study; `search` and `report` are disjoint.
-
-    Attributes:
-        digest: SHA-256 over the task names, normalisations and every key in order: what a score depends on.
-        notes: what a reader should know: duplicates dropped, a `test` split used to search, ...
-    """
-
-    task_names: tuple[str, ...]
-    search: tuple[Question, ...]
-    report: tuple[Question, ...]
-    digest: str
-    notes: tuple[str, ...] = ()
-
-    def of(self, split: Literal["search", "report"]) -> tuple[Question, ...]:
-        """The questions of one split."""
-        return self.search if split == "search" else self.report
+__all__ = ["AnyQuestion", "Question", "QuestionSet", "WrittenQuestion", "load_questions", "task_names"]
 
 
 @dataclass(frozen=True)
@@ -149,7 +102,7 @@ def load_questions(tasks: Sequence[TaskConfig], split: SplitConfig, tokenizer: A
                     "Give more questions or move split.search."
                 )
     parts = [names, [task.normalize for task in tasks], [q.key for q in search], [q.key for q in report]]
-    return QuestionSet(names, tuple(search), tuple(report), _sha256(parts), tuple(notes))
+    return QuestionSet(names, tuple(search), tuple(report), sha256(parts), tuple(notes))
 
 
 def _read(task: TaskConfig, where: str, notes: list[str]) -> list[_Group]:
@@ -282,15 +235,15 @@ def _format(
     found: dict[str, tuple[str, Question]] = {}
     duplicates = examples = 0
     for group in groups:
-        prefix = _prefix(task, [_shuffled(item) if shuffle else item for item in group.examples])
+        prefix = few_shot(task, [shuffled(item) if shuffle else item for item in group.examples])
         for item in group.items:
             identity = _identity(item)
             if identity in shown:
                 examples += 1
                 continue
-            question = _question(task, index, _shuffled(item) if shuffle else item, prefix, chat)
+            question = closed_question(task, index, shuffled(item) if shuffle else item, prefix, chat)
             duplicates += question.key in found
-            found[question.key] = (_sha256([seed, identity]), question)
+            found[question.key] = (sha256([seed, identity]), question)
     if duplicates:
         notes.append(f"{where}: {duplicates} exact duplicates dropped.")
     if examples:
@@ -298,68 +251,9 @@ def _format(
     return list(found.values())
 
 
-def _prefix(task: TaskConfig, examples: Sequence[Item]) -> str:
-    shots = []
-    for item in examples:
-        if task.format == "letter":
-            shots.append(f"{_letter_prompt(item)} {LETTERS[item.gold]}\n\n")
-        elif item.prompts:
-            shots.append(f"{item.prompts[item.gold]} {item.target}\n\n")
-        else:
-            shots.append(f"{item.prompt} {item.choices[item.gold]}\n\n")
-    return "".join(shots)
-
-
-def _letter_prompt(item: Item) -> str:
-    lines = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(item.choices)]
-    return "\n".join([item.stem, *lines, "Answer:"])
-
-
-def _question(task: TaskConfig, index: int, item: Item, prefix: str, chat: Chat | None) -> Question:
-    """Puts one item into the task's format.
-
-    The scored text starts with a space after a plain prompt ("Answer:" + " B"), as in lm-eval, and as tokenizers
-    write words. After a chat template it starts with what the template itself puts before an assistant's answer,
-    mostly nothing: then the letter is "B", since nothing but the template's own line break precedes it.
-    """
-    letter = task.format == "letter"
-    header = item.letter_header if letter else item.header
-    answers = tuple(LETTERS[: len(item.choices)]) if letter else item.choices
-    bodies = (_letter_prompt(item),) if letter else item.prompts or (item.prompt,)
-    if item.prompts and not letter:
-        answers = (item.target,) * len(item.choices)
-    contexts = [header + prefix + body for body in bodies]
-    space = " "
-    if chat is not None:
-        contexts = [chat.wrap(context) for context in contexts]
-        space = chat.space
-    options = tuple(space + answer for answer in answers)
-    normalizer = _lengths(answers, task.normalize)
-    several = tuple(contexts) if len(contexts) > 1 else None
-    question = Question(
-        "", index, contexts[0] if several is None else "", options, item.gold, normalizer, several
-    )
-    return replace(question, key=_sha256([question.context, several, options, item.gold]))
-
-
-def _lengths(answers: Sequence[str], normalize: str) -> tuple[float, ...] | None:
-    """What lm-eval's `acc_norm` (characters) and `acc_bytes` divide by; None for the other normalisations."""
-    if normalize == "characters":
-        return tuple(float(len(answer)) for answer in answers)
-    if normalize == "bytes":
-        return tuple(float(len(answer.encode("utf-8"))) for answer in answers)
-    return None
-
-
-def _shuffled(item: Item) -> Item:
-    """The options in an order that depends on the question alone."""
-    order = sorted(range(len(item.choices)), key=lambda i: _sha256([item.question, item.choices[i], i]))
-    return replace(item, choices=tuple(item.choices[i] for i in order), gold=order.index(item.gold))
-
-
 def _identity(item: Item) -> str:
     """Equal for the same question in any format, with its options in any order, whatever the answer."""
-    return _sha256([" ".join(item.question.split()), sorted(item.choices)])
+    return sha256([" ".join(item.question.split()), sorted(item.choices)])
 
 
 def _assign(sides: dict[str, bool], ranks: Sequence[str], share: float) -> None:
@@ -370,7 +264,3 @@ def _assign(sides: dict[str, bool], ranks: Sequence[str], share: float) -> None:
         if rank not in sides:
             sides[rank] = room > 0
             room -= size[rank] if sides[rank] else 0
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
