@@ -26,9 +26,10 @@ def agreement(
     """What s answers to each of n questions come to.
 
     An option is one key of the question's rule, in the order in which they were first given, with the share of the
-    answers that have it. The gold option is the predicted one if that is right, else the first one that is; if none is,
-    one of probability 0 behind them. So `correct` says whether the answer that most agree on is right, of several with
-    equal shares the first; with one sample it is plain accuracy, at a confidence of 1.
+    answers that have it; behind them stands any other answer, with a share of 0. The gold option is the predicted one
+    if that is right, else the first one that is, else that other answer: it is there whether one is right or not, so
+    that the number of options tells nothing. So `correct` says whether the answer that most agree on is right, of
+    several with equal shares the first; with one sample it is plain accuracy, at a confidence of 1.
 
     Args:
         texts: s answers to each question, at least one, as many for all.
@@ -63,5 +64,5 @@ def agreement(
         good = [place for place, key in enumerate(different) if rule.right(key, right)]
         predicted = int(np.argmax(shares))
         gold[i] = predicted if predicted in good else good[0] if good else len(different)
-        options[i] = len(different) + (not good)
+        options[i] = len(different) + 1
     return Outcomes(probability, options, gold, np.asarray(task))

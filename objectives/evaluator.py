@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from objectives.evidence_file import checked_array, read_evidence, write_evidence
 from objectives.outcomes import Outcomes
+from objectives.questions import AnyQuestion, Question, closed, written
 from search.errors import EvaluationError
 
 if TYPE_CHECKING:
     from objectives.scoring import Progress, Scorer
-    from objectives.tasks import Question
+    from objectives.written import WrittenEvaluator
     from search.config import TaskConfig
 
 FORMAT = "mergefront-evaluation-1"
@@ -170,26 +171,38 @@ class Evaluation:
 class Evaluator:
     """Scores one list of questions, again and again, with whatever values the model holds at the moment.
 
+    Options are scored by their likelihoods, written answers are drawn and judged (`written.py`).
+
     Args:
         model: a transformers causal language model, or a `Scorer` to share its set-up between evaluators.
         tokenizer: ignored when a `Scorer` is given.
         questions: all of one split, in the order of the evidence.
-        tasks: the study's tasks; `normalize` is read from them.
+        tasks: the study's tasks; `normalize` is read from them, and how written answers are drawn.
+
+    Attributes:
+        tokens: what an evaluation takes, padding not counted; with written answers at most.
 
     Raises:
         ConfigError: a question that cannot be tokenised; nothing has been scored then.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, questions: Sequence[Question], tasks: Sequence[TaskConfig]
+        self, model: Any, tokenizer: Any, questions: Sequence[AnyQuestion], tasks: Sequence[TaskConfig]
     ) -> None:
         from objectives.scoring import Scorer
+        from objectives.written import WrittenEvaluator  # it imports this module
 
         self.scorer: Scorer = model if isinstance(model, Scorer) else Scorer(model, tokenizer)
         self.questions = tuple(questions)
         self.digest = questions_digest(self.questions, tasks)
-        self.tokens = self.scorer.prepare(self.questions)
         self.tasks = tuple(tasks)
+        self._closed, asked = closed(self.questions), written(self.questions)
+        self.tokens = self.scorer.prepare(self._closed) if self._closed else 0
+        self._written: WrittenEvaluator | None = None
+        if asked:
+            digest = questions_digest(asked, tasks)
+            self._written = WrittenEvaluator(self.scorer.model, self.scorer.tokenizer, asked, tasks, digest)
+            self.tokens += self._written.tokens
 
     @property
     def notes(self) -> list[str]:
@@ -214,19 +227,38 @@ class Evaluator:
         Raises:
             EvaluationError: a log-likelihood is not finite; the question is named.
         """
+        total, n = len(self.questions), len(self._closed)
+        if self._written is None:
+            return self._scored(self._closed, progress)
+        if not n:
+            return self._written.evaluate(progress)
+        parts = [
+            self._scored(self._closed, shifted(progress, 0, total)),
+            self._written.evaluate(shifted(progress, n, total)),
+        ]
+        options = np.array([isinstance(question, Question) for question in self.questions])
+        return Evaluation.join(parts, [np.flatnonzero(options), np.flatnonzero(~options)], self.digest)
+
+    def _scored(self, questions: tuple[Question, ...], progress: Progress | None) -> Evaluation:
+        """The likelihoods of all options."""
         start = time.perf_counter()
-        scores = self.scorer.loglikelihoods(self.questions, progress)
+        scores = self.scorer.loglikelihoods(questions, progress)
         seconds = time.perf_counter() - start
 
         # Rounded first, so that outcomes computed now and outcomes computed from the file are the same numbers.
         score = scores.total.astype(np.float32)
-        divisor = divisors(self.questions, scores.tokens, self.tasks)
-        options = np.array([len(question.options) for question in self.questions], dtype=np.int64)
-        gold = np.array([question.gold for question in self.questions], dtype=np.int64)
-        task = np.array([question.task for question in self.questions], dtype=np.int64)
+        divisor = divisors(questions, scores.tokens, self.tasks)
+        options = np.array([len(question.options) for question in questions], dtype=np.int64)
+        gold = np.array([question.gold for question in questions], dtype=np.int64)
+        task = np.array([question.task for question in questions], dtype=np.int64)
         outcomes = _outcomes(score, divisor, options, gold, task)
         mass = scores.mass.astype(np.float32)
         return Evaluation(outcomes, score, divisor, mass, scores.fed, self.digest, seconds)
+
+
+def shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of a part as that of the whole: `before` questions of `total` came earlier."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def divisors(
@@ -247,7 +279,7 @@ def divisors(
     return divisor
 
 
-def questions_digest(questions: Sequence[Question], tasks: Sequence[TaskConfig]) -> str:
+def questions_digest(questions: Sequence[AnyQuestion], tasks: Sequence[TaskConfig]) -> str:
     """SHA-256 over the questions' keys in order and their tasks' normalisation."""
     content = "\n".join(f"{question.key} {tasks[question.task].normalize}" for question in questions)
     return hashlib.sha256(content.encode()).hexdigest()

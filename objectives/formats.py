@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from objectives.chat import Chat
 from objectives.presets import LETTERS, Item
-from objectives.questions import Question
+from objectives.questions import Question, WrittenQuestion
 
 if TYPE_CHECKING:
     from search.config import TaskConfig
@@ -22,6 +22,8 @@ def few_shot(task: TaskConfig, examples: Sequence[Item]) -> str:
     for item in examples:
         if task.format == "letter":
             shots.append(f"{_letter_prompt(item)} {LETTERS[item.gold]}\n\n")
+        elif task.written:
+            shots.append(f"{item.prompt} {item.accepted[0]}\n\n")
         elif item.prompts:
             shots.append(f"{item.prompts[item.gold]} {item.target}\n\n")
         else:
@@ -59,6 +61,16 @@ def closed_question(task: TaskConfig, index: int, item: Item, prefix: str, chat:
         "", index, contexts[0] if several is None else "", options, item.gold, normalizer, several
     )
     return replace(question, key=sha256([question.context, several, options, item.gold]))
+
+
+def written_question(
+    task: TaskConfig, index: int, item: Item, prefix: str, chat: Chat | None
+) -> WrittenQuestion:
+    """Puts one item into the format `generation`: the prompt of `continuation`, after which the model writes."""
+    context = item.header + prefix + item.prompt
+    read = context if chat is None else chat.wrap(context)
+    drawn = {**task.generation.model_dump(), "until": task.until}
+    return WrittenQuestion(sha256([read, item.accepted, drawn]), index, context, item.accepted)
 
 
 def _lengths(answers: Sequence[str], normalize: str) -> tuple[float, ...] | None:

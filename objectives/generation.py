@@ -226,7 +226,7 @@ class AnswerSampler:
         if getattr(model, "_is_stateful", False):
             raise ConfigError(
                 f"prompts: {type(model).__name__} keeps a recurrent state, which the padding of a batch would "
-                "change (wanted attention layers). Remove the diversity of this study."
+                "change (wanted attention layers). Remove what this study samples."
             )
         self.stopping = stopping(tokenizer, chat_template=chat_template, until=until)
         self.prompts = encode_prompts(prompts, tokenizer, chat_template=chat_template)

@@ -34,6 +34,7 @@ class Item:
         prompts, target: WinoGrande's partial evaluation: one prompt per option, and the one text that is
             scored after each of them. Empty otherwise.
         header, letter_header: a first paragraph (MMLU's subject line), per format.
+        answers: right written answers of a question without options; empty otherwise.
     """
 
     question: str
@@ -45,6 +46,12 @@ class Item:
     target: str = ""
     header: str = ""
     letter_header: str = ""
+    answers: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Right written answers: those given, else the right option's text."""
+        return self.answers or (self.choices[self.gold],)
 
 
 @dataclass(frozen=True)

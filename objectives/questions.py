@@ -1,4 +1,4 @@
-"""Questions in the exact texts that a model reads: with options, whose likelihoods are scored, or with a written answer."""
+"""Questions in the texts that a model reads: with options whose likelihoods are scored, or answered in writing."""
 
 from __future__ import annotations
 

@@ -10,19 +10,23 @@ The rules, in order:
 4. `limit` keeps the first N in the order of a hash of (split seed, raw question, options): the same ones
    whatever the order of the file.
 5. The first `round(search x n)` in that order search, the others report. A question keeps its side across
-   tasks and formats, with another answer or with its options in another order: it never stands on both.
+   tasks and formats, with another answer or with its options in another order: it never stands on both. If it is
+   asked anywhere without options, for a written answer, its text alone says that it is the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from objectives.chat import Chat
-from objectives.formats import closed_question, few_shot, sha256, shuffled
+from objectives.formats import closed_question, few_shot, sha256, shuffled, written_question
+from objectives.matching import get_rule
 from objectives.presets import LETTERS, PRESETS, Item, Preset, field, plain, text, texts
 from objectives.questions import AnyQuestion, Question, QuestionSet, WrittenQuestion
 from objectives.sources import Rows, Source, read_sources
@@ -76,14 +80,16 @@ def load_questions(tasks: Sequence[TaskConfig], split: SplitConfig, tokenizer: A
     names = task_names(tasks)
     notes: list[str] = []
     groups = [_read(task, f"tasks[{i}] ({names[i]})", notes) for i, task in enumerate(tasks)]
-    shown = {_identity(item) for per_task in groups for group in per_task for item in group.examples}
+    items = [item for per_task in groups for group in per_task for item in (*group.items, *group.examples)]
+    bare = {_asked(item) for item in items if not item.choices}
+    shown = {_identity(item, bare) for per_task in groups for group in per_task for item in group.examples}
 
     sides: dict[str, bool] = {}
-    search: list[Question] = []
-    report: list[Question] = []
+    search: list[AnyQuestion] = []
+    report: list[AnyQuestion] = []
     for i, task in enumerate(tasks):
         where = f"tasks[{i}] ({names[i]})"
-        found = _format(task, i, where, groups[i], shown, split.seed, tokenizer, notes)
+        found = _format(task, i, where, groups[i], bare, shown, split.seed, tokenizer, notes)
         ranked = sorted(found, key=lambda pair: (pair[0], pair[1].key))
         if task.limit is not None:
             if task.limit > len(ranked):
@@ -159,7 +165,7 @@ def _items(rows: Rows, task: TaskConfig, preset: Preset | None) -> tuple[list[It
     repeated = 0
     for where, row in rows.rows:
         try:
-            item = preset.read(row) if preset else _own(row, task.fields or {})
+            item = preset.read(row) if preset else _own(row, task.fields or {}, task.written)
             if len(set(item.choices)) < len(item.choices):
                 if preset is None:
                     twin = next(c for c in item.choices if item.choices.count(c) > 1)
@@ -167,16 +173,24 @@ def _items(rows: Rows, task: TaskConfig, preset: Preset | None) -> tuple[list[It
                 repeated += 1
             if task.format == "letter" and len(item.choices) > len(LETTERS):
                 raise ConfigError(f"{len(item.choices)} choices, but there are {len(LETTERS)} letters")
+            if task.written:
+                _require_keys(item.accepted, task.generation.match)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}. Correct or remove this question.") from None
         items.append(item)
     return items, repeated
 
 
-def _own(row: Mapping[str, Any], names: Mapping[Any, str]) -> Item:
-    """A question of one's own: the answer is an index from 0, the text of a choice, or a label or letter."""
+def _own(row: Mapping[str, Any], names: Mapping[Any, str], written: bool) -> Item:
+    """A question of one's own: the answer is an index from 0, the text of a choice, or a label or letter.
+
+    Without choices, for a written answer, it is a text, a number, or a list of these.
+    """
     question = text(row, names.get("question", "question"))
     key = names.get("choices", "choices")
+    if written and "choices" not in names and key not in row:
+        name = names.get("answer", "answer")
+        return replace(plain(question, (), 0), answers=_accepted(field(row, name), name))
     labels: tuple[str, ...] = ()
     listed = field(row, key)
     if isinstance(listed, Mapping) and {"text", "label"} <= set(listed):  # ARC's way
@@ -185,6 +199,32 @@ def _own(row: Mapping[str, Any], names: Mapping[Any, str]) -> Item:
     choices = texts(row, key)
     name = names.get("answer", "answer")
     return plain(question, choices, _gold(field(row, name), name, choices, labels))
+
+
+def _accepted(answer: Any, name: str) -> tuple[str, ...]:
+    """Right written answers, each once, in the order of the row."""
+    found = []
+    for one in answer if isinstance(answer, list | tuple) else [answer]:
+        if isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one):
+            found.append(format(Decimal(str(one)), "f"))  # without an exponent
+        elif isinstance(one, str):
+            found.append(text({name: one}, name).strip())
+        else:
+            raise ConfigError(f"field '{name}' holds {one!r}, wanted a text, a number, or a list of them")
+    if not found:
+        raise ConfigError(f"field '{name}' is an empty list, wanted at least one right answer")
+    return tuple(dict.fromkeys(found))
+
+
+def _require_keys(accepted: Sequence[str], match: str) -> None:
+    """A right answer without a key could never be given."""
+    rule = get_rule(match)
+    for one in accepted:
+        if not rule.key(one):
+            wanted = "a number" if match == "number" else "a word"
+            raise ConfigError(
+                f"the answer '{one[:60]}' holds nothing to match (match: {match} wants {wanted})"
+            )
 
 
 def _gold(answer: Any, name: str, choices: tuple[str, ...], labels: tuple[str, ...]) -> int:
@@ -224,24 +264,26 @@ def _format(
     index: int,
     where: str,
     groups: list[_Group],
+    bare: set[str],
     shown: set[str],
     seed: int,
     tokenizer: Any,
     notes: list[str],
-) -> list[tuple[str, Question]]:
+) -> list[tuple[str, AnyQuestion]]:
     """(rank in the hash order, question) of each distinct question of one task that is no example."""
     chat = Chat(tokenizer, where) if task.chat_template else None
     shuffle = task.format == "letter" and task.preset is not None and PRESETS[task.preset].shuffle
-    found: dict[str, tuple[str, Question]] = {}
+    found: dict[str, tuple[str, AnyQuestion]] = {}
     duplicates = examples = 0
     for group in groups:
         prefix = few_shot(task, [shuffled(item) if shuffle else item for item in group.examples])
         for item in group.items:
-            identity = _identity(item)
+            identity = _identity(item, bare)
             if identity in shown:
                 examples += 1
                 continue
-            question = closed_question(task, index, shuffled(item) if shuffle else item, prefix, chat)
+            put = written_question if task.written else closed_question
+            question = put(task, index, shuffled(item) if shuffle else item, prefix, chat)
             duplicates += question.key in found
             found[question.key] = (sha256([seed, identity]), question)
     if duplicates:
@@ -251,9 +293,18 @@ def _format(
     return list(found.values())
 
 
-def _identity(item: Item) -> str:
-    """Equal for the same question in any format, with its options in any order, whatever the answer."""
-    return sha256([" ".join(item.question.split()), sorted(item.choices)])
+def _identity(item: Item, bare: set[str]) -> str:
+    """Equal for the same question in any format, with its options in any order, whatever the answer.
+
+    Args:
+        bare: texts of questions that are asked without options somewhere: there the text alone counts.
+    """
+    asked = _asked(item)
+    return sha256([asked, [] if asked in bare else sorted(item.choices)])
+
+
+def _asked(item: Item) -> str:
+    return " ".join(item.question.split())
 
 
 def _assign(sides: dict[str, bool], ranks: Sequence[str], share: float) -> None:

@@ -25,13 +25,14 @@ from search.sections import (
     Section,
     SpaceConfig,
     SplitConfig,
-    TaskConfig,
 )
-from search.strict_yaml import load_yaml
+from search.strict_yaml import apply_overrides, load_yaml
+from search.task_config import GenerateConfig, TaskConfig, written_fault
 
 __all__ = [
     "DiversityConfig",
     "FidelityConfig",
+    "GenerateConfig",
     "MergeConfig",
     "ParentsConfig",
     "PreferenceConfig",
@@ -146,6 +147,12 @@ class StudyConfig(Section):
                 f"sampler: engine composite predicts answers to questions, but {sampled[0]} is measured on sampled "
                 "ones; use another engine"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _written_answers_fit(self) -> StudyConfig:
+        if (fault := written_fault(self.tasks, self.sampler, self.fidelity)) is not None:
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -271,34 +278,6 @@ def parse_study(value: object, where: str) -> StudyConfig:
         raise ConfigError(f"{where}: {_explain(error)}") from error
 
 
-def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Applies `space.high=1.2` or `tasks.0.limit=50` to a nested value in place.
-
-    Raises:
-        ConfigError: no `=`, or a path that leads nowhere. (Unknown last keys are left to the validation.)
-    """
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {override}: wanted key=value, such as space.high=1.2.")
-        target: Any = value
-        *parents, last = key.strip().split(".")
-        for part in parents:
-            if isinstance(target, dict):
-                target = target.setdefault(part, {})
-            elif isinstance(target, list) and part.isdigit() and int(part) < len(target):
-                target = target[int(part)]
-            else:
-                raise ConfigError(f"--set {override}: '{part}' leads nowhere in the study file.")
-        new = load_yaml(text, f"--set {key}") if text.strip() else None
-        if isinstance(target, dict):
-            target[last] = new
-        elif isinstance(target, list) and last.isdigit() and int(last) < len(target):
-            target[int(last)] = new
-        else:
-            raise ConfigError(f"--set {override}: '{last}' leads nowhere in the study file.")
-
-
 def differences(stored: StudyConfig, given: StudyConfig) -> list[str]:
     """What makes two configs different studies, one `key: stored -> given` a line; empty if they are the same."""
     old, new = dict(_flatten(stored.to_json())), dict(_flatten(given.to_json()))
@@ -380,6 +359,7 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
     model: Any = StudyConfig
     inside = {
         "tasks": TaskConfig,
+        "generate": GenerateConfig,
         "diversity": DiversityConfig,
         "preferences": PreferenceConfig,
         "racing": RacingConfig,

@@ -185,28 +185,6 @@ class SpaceConfig(Section):
         return self
 
 
-class TaskConfig(Section):
-    """One source of questions: a preset, or JSON lines / a dataset with fields of your own."""
-
-    preset: str | None = None
-    path: str | None = None
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
-    split: str | None = None
-    subset: str | None = None
-    format: Literal["continuation", "letter"] = "continuation"
-    normalize: Literal["none", "tokens", "characters", "bytes"] = "none"
-    shots: int = Field(default=0, ge=0, le=64)
-    limit: int | None = Field(default=None, ge=1)
-    chat_template: bool = False
-    fields: dict[Literal["question", "choices", "answer"], str] | None = None
-
-    @model_validator(mode="after")
-    def _has_source(self) -> TaskConfig:
-        if self.preset is None and self.path is None:
-            raise ValueError("names no source; give a preset, a path, or both")
-        return self
-
-
 class SplitConfig(Section):
     """`search`: the share of questions that steers the search; the others are the report split.
 

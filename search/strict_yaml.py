@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -92,3 +93,31 @@ def _at(where: str, error: MarkedYAMLError) -> str:
 
 def _one_line(problem: object) -> str:
     return " ".join(str(problem).split())[:200].rstrip(".")
+
+
+def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Applies `space.high=1.2` or `tasks.0.limit=50` to a nested value in place.
+
+    Raises:
+        ConfigError: no `=`, or a path that leads nowhere. (Unknown last keys are left to the validation.)
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {override}: wanted key=value, such as space.high=1.2.")
+        target: Any = value
+        *parents, last = key.strip().split(".")
+        for part in parents:
+            if isinstance(target, dict):
+                target = target.setdefault(part, {})
+            elif isinstance(target, list) and part.isdigit() and int(part) < len(target):
+                target = target[int(part)]
+            else:
+                raise ConfigError(f"--set {override}: '{part}' leads nowhere in the study file.")
+        new = load_yaml(text, f"--set {key}") if text.strip() else None
+        if isinstance(target, dict):
+            target[last] = new
+        elif isinstance(target, list) and last.isdigit() and int(last) < len(target):
+            target[int(last)] = new
+        else:
+            raise ConfigError(f"--set {override}: '{last}' leads nowhere in the study file.")

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from objectives.evaluator import Evaluation, Evaluator, questions_digest
+from objectives.evaluator import Evaluation, Evaluator, questions_digest, shifted
 from objectives.metrics import Metric
 from objectives.outcomes import Integers, Outcomes
 from search.evidence import EvidenceFolder
@@ -115,9 +115,7 @@ class Stages:
         total = len(self._whole.questions)
         for index, part in enumerate(self._parts):
             before = sum(map(len, self._rule.parts[:index]))
-            done.append(
-                part.evaluate(None if progress is None else partial(_shifted, progress, before, total))
-            )
+            done.append(part.evaluate(shifted(progress, before, total)))
             seen, places = self._joined(done)
             if len(places) < total and (verdict := judge(seen.outcomes, places)) is not None:
                 return Scored(seen, total, verdict)
@@ -130,10 +128,6 @@ class Stages:
         if len(every) < len(self._whole.questions):
             digest = questions_digest([self._whole.questions[i] for i in every], self._whole.tasks)
         return Evaluation.join(done, places, digest), every
-
-
-def _shifted(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
 
 
 def make_rule(materials: Materials, evidence: EvidenceFolder) -> Rule | None:

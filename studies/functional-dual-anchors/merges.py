@@ -19,6 +19,7 @@ from objectives.tasks import load_questions
 from search.anchors.build import build
 from search.anchors.options import AdaptOptions, AnchorOptions
 from search.anchors.starts import FromExperts, FromMerge, FromPre, Start
+from search.config import SplitConfig, TaskConfig
 from search.console import stderr_console
 from search.errors import ExportError
 from search.merging.checkpoint import Checkpoint
@@ -28,7 +29,6 @@ from search.merging.parents import Parents
 from search.oneoff.bar import MergeBar
 from search.oneoff.make import Place, make
 from search.oneoff.request import read_request
-from search.sections import SplitConfig, TaskConfig
 
 HALVES = ("search", "report")
 SEARCH = 0.4  # of the questions
