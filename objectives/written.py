@@ -46,7 +46,7 @@ def evaluate_texts(
     task = np.array([question.task for question in questions], dtype=np.int64)
     places = [np.flatnonzero(task == each) for each in np.unique(task)]
     parts = []
-    for chosen in places:
+    for chosen in (place.tolist() for place in places):
         outcomes = agreement(
             [texts[i] for i in chosen],
             [questions[i].accepted for i in chosen],

@@ -13,14 +13,19 @@ from objectives.calibrators.fitted import FittedTemperature
 from objectives.calibrators.logits import LayerwiseLogits, OptionLogits
 from objectives.calibrators.methods import METHODS, Logits, fit
 from objectives.outcomes import Outcomes
+from search.config import TaskConfig
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
 from search.materials import Split
+from search.opening import stored_config
 from search.storage import StudyStore, TrialRecord
 
 CAPE = "cape"
 CALIBRATORS = (*(name for name in METHODS if name != "vanilla"), CAPE)
 AUTOMATIC = ("temperature", "daca")  # of `post`, on every board: they need nothing that is not stored anyway
+# Written answers have no options that two models, or two orders, share.
+READS_OPTIONS = tuple(name for name in CALIBRATORS if name != "temperature")
+READS_ONLY_OPTIONS = ("dual-align", CAPE)  # refused where some answers are written
 SPLITS: tuple[Split, ...] = ("search", "report")
 
 
@@ -70,6 +75,8 @@ class Scores:
         self._evidence = EvidenceFolder(store.url, store.name)
         self._records = {record.number: record for record in store.trials() if record.state == "complete"}
         self._attributes = store.attributes()
+        tasks = stored_config(store).tasks
+        self._samples = [task.generation.samples if task.written else 0 for task in tasks]
         self._known: dict[tuple[int, Split, bool], Logits] = {}
 
     def asked(self, trial: int) -> list[str]:
@@ -97,7 +104,7 @@ class Scores:
             digest, each = self.digest(trial, split), self._attributes.get(layers_key(trial, split))
             if digest is None or (layers and each is None):
                 return None
-            final = OptionLogits.from_evaluation(self._evidence.load(digest))
+            final = OptionLogits.from_evaluation(self._evidence.load(digest), samples=self._samples)
             self._known[key] = (
                 LayerwiseLogits(final, self._evidence.load_layers(str(each))) if layers else final
             )
@@ -124,11 +131,16 @@ class Scores:
             averaged = self.averaged(alternative.trial, split)
             assert averaged is not None, "`has` said so"
             return averaged
-        logits = OptionLogits.from_evaluation(self._evidence.load(str(self.digest(alternative.trial, split))))
-        return alternative.fitted.apply(logits)
+        evaluation = self._evidence.load(str(self.digest(alternative.trial, split)))
+        return alternative.fitted.apply(OptionLogits.from_evaluation(evaluation, samples=self._samples))
 
     def fitted(self, method: str, trial: int) -> FittedTemperature | None:
-        """The temperature of a trial by a method, fitted on the search split; None if a score is missing."""
+        """The temperature of a trial by a method, fitted on the search split; None if a score is missing.
+
+        So it is where a method reads options and every answer is written.
+        """
+        if method in READS_OPTIONS and all(self._samples):
+            return None
         layers = "layers" in METHODS[method]
         own, reference = (self.logits(number, "search", layers) for number in (trial, self._pre))
         if own is None or reference is None:
@@ -156,6 +168,22 @@ def base_label(record: TrialRecord) -> str:
     coefficient = next(iter(record.coefficients.values()))
     labels = {"uniform": f"uniform {coefficient:g}", "search": f"trial {record.number}"}
     return labels.get(record.kind, record.kind)
+
+
+def require_options(methods: Sequence[str], tasks: Sequence[TaskConfig]) -> None:
+    """Refuses calibrators that the questions of these tasks do not suit.
+
+    Raises:
+        ConfigError: dual-align or cape with written answers, or a method that compares options where there are none.
+    """
+    for method in methods:
+        if (method in READS_ONLY_OPTIONS and any(task.written for task in tasks)) or (
+            method in READS_OPTIONS and all(task.written for task in tasks)
+        ):
+            raise ConfigError(
+                f"--method {method}: compares likelihoods of options, but answers are written (format: generation). "
+                f"Use temperature{'' if all(task.written for task in tasks) else ', naive or daca'}."
+            )
 
 
 def chosen_methods(names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from objectives.questions import closed
 from search.config import StudyConfig
 from search.materials import Materials
 from search.merging.placement import device_title
@@ -28,7 +29,7 @@ def size_batches_held(store: StudyStore, materials: Materials) -> int | None:
         return None
     size = batch_tokens(store, materials.config, materials.device)
     if size is None:
-        size = materials.scorer.measure(materials.questions.search)
+        size = materials.scorer.measure(closed(materials.questions.search))
         store.set_attribute(_batch_key(materials.device), size)
     materials.scorer.use(size)
     return size

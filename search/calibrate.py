@@ -17,10 +17,13 @@ from objectives.calibrators.layerwise import LayerwiseScorer
 from objectives.calibrators.logits import OptionLogits, vocabulary_digest
 from objectives.calibrators.methods import METHODS, Logits, fit
 from objectives.evaluator import Evaluation, Evaluator
+from objectives.questions import closed
 from objectives.tasks import load_questions
 from search.alternatives import (
     AUTOMATIC,
     CAPE,
+    READS_ONLY_OPTIONS,
+    READS_OPTIONS,
     SPLITS,
     Scores,
     calibrators_key,
@@ -28,6 +31,7 @@ from search.alternatives import (
     chosen_methods,
     diversity_key,
     layers_key,
+    require_options,
 )
 from search.batches import size_batches
 from search.board import Row, read_board
@@ -67,9 +71,15 @@ def calibrate_board(
     """
     chosen = chosen_methods(methods)
     store, materials = reopen(url, name, device, overrides)
-    if "all" in methods and any(task.format != "letter" for task in materials.config.tasks):
+    tasks = materials.config.tasks
+    if "all" in methods and any(task.format != "letter" for task in tasks):
         chosen.remove(CAPE)
         logger.info("cape is left out: it needs prompts that list their options (format: letter)")
+    if "all" in methods and any(task.written for task in tasks):
+        out = READS_OPTIONS if all(task.written for task in tasks) else READS_ONLY_OPTIONS
+        chosen = [method for method in chosen if method not in out]
+        logger.info("%s left out: answers are written (format: generation)", ", ".join(out))
+    require_options(chosen, tasks)
     board = read_board(store)
     named = {row.label: row for row in board.parents}
     asked = selections or (*([] if "post" not in named else ["post"]), "knee")
@@ -130,7 +140,7 @@ def calibrate_study(
     averages = numbers if CAPE in methods else []
     if averages:
         for split in SPLITS:  # before anything is scored
-            permuted_questions(materials.questions.of(split))
+            permuted_questions(closed(materials.questions.of(split)))
     by_number = {record.number: record for record in store.trials()}
     worker = _Reader(store, materials)
     for number in dict.fromkeys([*layers, *averages, *numbers]):
@@ -159,8 +169,8 @@ def _sample_answers(
     store: StudyStore, materials: Materials, numbers: Sequence[int], methods: Sequence[str]
 ) -> None:
     """Samples answers at each fitted temperature, where the study samples answers: diversity changes with it."""
-    if materials.prompts is None:
-        return
+    if materials.prompts is None or all(task.written for task in materials.config.tasks):
+        return  # a temperature of shares is none to sample at
     evidence = EvidenceFolder(store.url, store.name)
     records = {record.number: record for record in store.trials()}
     scores = Scores(store)
@@ -189,11 +199,12 @@ def calibrate_export(
     Raises:
         ExportError: the folder has no checkpoint, or was changed. ConfigError: CAPE, which is no temperature.
     """
-    _require_temperature(method)
     manifest = read_manifest(folder)
     if not manifest.get("weights"):
         raise ExportError(f"{folder}: has no checkpoint to write to. Export again with --weights.")
     study = ExportedStudy.open(folder, manifest, storage, overrides)
+    _require_temperature(method, study.config)
+    require_options([method], study.config.tasks)
     store = study.store
     records = [record for record in store.trials() if record.state == "complete"]
     pre = next(record.number for record in records if record.kind == "pre")
@@ -224,7 +235,7 @@ def calibrate_checkpoint(
         ConfigError: a method that needs a reference without one, different vocabularies or depths.
         ExportError: a checkpoint does not load.
     """
-    _require_temperature(method)
+    _require_temperature(method, config)
     if "reference" in METHODS[method] and reference is None:
         raise ConfigError(f"--method {method}: needs the pre-trained model. Give --reference DIR.")
     used = reference if "reference" in METHODS[method] else None
@@ -237,10 +248,15 @@ def calibrate_checkpoint(
     return fitted
 
 
-def _require_temperature(method: str) -> None:
+def _require_temperature(method: str, config: StudyConfig) -> None:
     if method == CAPE:
         raise ConfigError(
             "--method cape: averages several prompts and is no temperature; a model cannot carry it."
+        )
+    if all(task.written for task in config.tasks):
+        raise ConfigError(
+            f"--method {method}: a model's temperature is fitted to likelihoods of options, but all tasks of study "
+            f"'{config.name}' have written answers. Give it a task with choices."
         )
 
 
@@ -265,7 +281,7 @@ def _require_comparable(folder: Path, reference: Path, method: str) -> None:
 def _logits(folder: Path, config: StudyConfig, method: str, device: str) -> Logits:
     """The scores of one checkpoint on the search split, of all layers where the method reads them."""
     tokenizer = load_tokenizer(folder)
-    questions = load_questions(config.tasks, config.split, tokenizer).search
+    questions = closed(load_questions(config.tasks, config.split, tokenizer).search)
     dtype = getattr(torch, config.merge.dtype)
     model = place(load_model(folder, load_config(folder), dtype, error=ExportError), choose_device(device))
     scorer = LayerwiseScorer(model, tokenizer, config.batch_tokens)
@@ -300,14 +316,13 @@ class _Reader:
     def _layers(self, split: Split) -> str:
         scorer = self._materials.scorer
         reader = LayerwiseScorer(scorer.model, scorer.tokenizer, scorer.batch_tokens)
-        questions = self._materials.questions.of(split)
+        questions = closed(self._materials.questions.of(split))
         return self._evidence.save_layers(reader.layerwise(questions, self._materials.config.tasks).earlier)
 
     def _averaged(self, split: Split) -> Evaluation:
         """CAPE's mean probabilities as an evaluation of the questions themselves, with log p as their scores."""
         materials = self._materials
-        questions = materials.questions.of(split)
-        permuted = permuted_questions(questions)
+        permuted = permuted_questions(closed(materials.questions.of(split)))
         found = Evaluator(
             materials.scorer, materials.tokenizer, permuted.questions, materials.config.tasks
         ).evaluate()

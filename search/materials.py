@@ -23,6 +23,7 @@ from objectives.outcomes import Outcomes
 from objectives.power import Power, note_on, powers
 from objectives.preferences import Preference, make_preference
 from objectives.prompts import PromptSet, load_prompts
+from objectives.questions import Question, closed
 from objectives.reward import check_reward_model, reward_digest
 from objectives.scoring import Scorer
 from objectives.tasks import QuestionSet, load_questions
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
     from objectives.losses import Loss
-    from objectives.tasks import Question
     from search.samplers import WeightedGradient
 
 Split = Literal["search", "report"]
@@ -244,7 +244,9 @@ class Materials:
         from search.gradient import CoefficientGradient, StepGradient
         from search.samplers.gradient_engine import STEPS
 
-        of = CoefficientGradient(self.live, self.space, self.scorer, self.questions.search, self.config.tasks)
+        of = CoefficientGradient(
+            self.live, self.space, self.scorer, closed(self.questions.search), self.config.tasks
+        )
         proposal = self.proposal_evaluations * self.evaluator("search").tokens
         tokens = -int(-proposal // (self.config.sampler.steps or STEPS))
         return StepGradient(of, self._losses, self._parts, tokens)
@@ -271,7 +273,7 @@ class Materials:
         from search.samplers.gradient_engine import BATCH
 
         sampler = self.config.sampler
-        return dealt(self.questions.search, sampler.batch or BATCH, sampler.seed)
+        return dealt(closed(self.questions.search), sampler.batch or BATCH, sampler.seed)
 
     def diversify(self, split: Split, tempering: float = 1.0) -> Diversity | None:
         """Samples answers of the live model to one split's prompts and measures them; None without such a section.

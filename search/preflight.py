@@ -9,6 +9,7 @@ from pathlib import Path
 from objectives.outcomes import Outcomes
 from objectives.power import differences
 from objectives.preferences import make_preference
+from objectives.questions import closed, written
 from search.database import sqlite_path
 from search.errors import MergefrontError
 from search.evidence import EvidenceFolder
@@ -28,7 +29,9 @@ def describe(materials: Materials, url: str) -> list[str]:
     numbers = parents.parameters
     live = numbers * _BYTES[config.merge.dtype]
     split = materials.questions
-    texts = sum(len(q.context) + sum(map(len, q.options)) for q in split.search)
+    texts = sum(len(q.context) + sum(len(text) for text in q.options) for q in closed(split.search))
+    texts += sum(len(q.context) for q in written(split.search))
+    tokens = texts / 4 + _drawn(materials)
     free = shutil.disk_usage(Path.cwd()).free
     lines = [
         f"study       {config.name}",
@@ -42,11 +45,12 @@ def describe(materials: Materials, url: str) -> list[str]:
         + (f"; {len(space.coefficients)} coefficients" if len(space.experts) > 1 else ""),
         f"questions   {len(split.search)} search, {len(split.report)} report, of {', '.join(split.task_names)}",
         f"objectives  {', '.join(m.name + (' up' if m.maximize else ' down') for m in materials.metrics)}",
+        *_written(materials),
         *_sampled(materials),
         f"search      {config.sampler.title}, {len(materials.baselines)} baselines + {config.trials} trials",
         f"memory      {live / MIB:,.0f} MiB for the live model{_ranks(materials)}; the parents stay on disk, mapped",
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
-        f"work        about {texts / 4:,.0f} tokens a trial, {_work(texts / 4, numbers)} on {materials.device}",
+        f"work        about {tokens:,.0f} tokens a trial, {_work(tokens, numbers)} on {materials.device}",
     ]
     if config.sampler.follows_gradients:
         which = (
@@ -74,6 +78,26 @@ def describe(materials: Materials, url: str) -> list[str]:
             f"are as in pre: {_shortened(idle)}"
         )
     return [*lines, "ready       mergefront launch runs it"]
+
+
+def _drawn(materials: Materials) -> int:
+    """Tokens of the written answers of a trial, none of which ends early."""
+    each = [task.generation.samples * task.generation.max_new_tokens for task in materials.config.tasks]
+    return sum(each[question.task] for question in written(materials.questions.search))
+
+
+def _written(materials: Materials) -> list[str]:
+    """What is written in every trial, a line a task."""
+    lines = []
+    for number, task in enumerate(materials.config.tasks):
+        if task.written:
+            asked, drawn = written(materials.questions.search), task.generation
+            lines.append(
+                f"written     {materials.questions.task_names[number]}: "
+                f"{sum(question.task == number for question in asked)} search questions, {drawn.samples} answers to "
+                f"each, of at most {drawn.max_new_tokens} tokens; right by {drawn.match}"
+            )
+    return lines
 
 
 def _sampled(materials: Materials) -> list[str]:

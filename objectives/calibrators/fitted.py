@@ -21,7 +21,8 @@ class FittedTemperature:
 
     It divides an option's score (`OptionLogits.score`). With one scored token an option (the letter format) that is
     the same as dividing the model's next-token logits, as an inference engine's sampling temperature does. With
-    options of several tokens it is not: a temperature in the engine changes each token's own normalisation.
+    options of several tokens it is not: a temperature in the engine changes each token's own normalisation. Of written
+    answers it divides the logarithms of their shares (`OptionLogits.smoothed`), and is a number of its own.
 
     Attributes:
         method: name of the calibrator.
@@ -35,6 +36,8 @@ class FittedTemperature:
         settings: the method's choices, by name.
         reason: why the temperature is no minimum (a fall-back to 1, an edge of the range); None where it is one.
         digest: the questions it was fitted on; empty when not known.
+        written: the temperature of written answers, `temperature` itself if no question has options; None leaves their
+            shares as they are.
     """
 
     method: str
@@ -47,6 +50,7 @@ class FittedTemperature:
     settings: Mapping[str, str | float] = field(default_factory=dict)
     reason: str | None = None
     digest: str = ""
+    written: float | None = None
 
     def apply(self, logits: OptionLogits) -> Outcomes:
         """The outcomes at this temperature: other confidences, the same answers.
@@ -66,13 +70,19 @@ class FittedTemperature:
                 f"{self.method}: the questions to apply it to have no labels; outcomes need them."
             )
         probability, _ = tempered(logits.score, self.temperature)
+        if (rows := logits.written).any():
+            score = logits.score if self.written is None else logits.smoothed.score
+            probability[rows], _ = tempered(score[rows], self.written or 1.0)
         moved = np.flatnonzero(probability.argmax(axis=1) != logits.predicted)
         probability[moved, logits.predicted[moved]] = np.nextafter(probability[moved].max(axis=1), 2.0)
         return Outcomes(probability, logits.options, logits.gold, logits.task)
 
     def to_json(self) -> dict[str, Any]:
-        """All attributes as plain JSON values, in the order above; every number is finite."""
-        return {
+        """All attributes as plain JSON values, in the order above; every number is finite.
+
+        `written` is there where written answers have a temperature.
+        """
+        found = {
             "method": self.method,
             "temperature": self.temperature,
             "questions": self.questions,
@@ -84,3 +94,4 @@ class FittedTemperature:
             "reason": self.reason,
             "digest": self.digest,
         }
+        return found if self.written is None else {**found, "written": self.written}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from objectives.calibrators.tempering import tempered
-from objectives.outcomes import Floats, Integers, Outcomes
+from objectives.outcomes import Booleans, Floats, Integers, Outcomes
 from search.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class OptionLogits:
         gold: `(n,)` int64, index of the right option; None for a set without labels.
         digest: which questions, in which order; empty when not known.
         vocabulary: `vocabulary_digest` of the tokenizer; empty when not known.
+        samples: `(n,)` int64, of a written answer how many were drawn: its scores are the logarithms of their shares,
+            the last option is any other answer; 0 where options were scored. None: options everywhere.
 
     Raises:
         EvaluationError: a score of an option that is not finite, or as `Outcomes.from_loglikelihoods`.
@@ -49,6 +51,7 @@ class OptionLogits:
     gold: Integers | None = None
     digest: str = ""
     vocabulary: str = ""
+    samples: Integers | None = None
 
     def __post_init__(self) -> None:
         score = np.array(self.score, dtype=np.float64)
@@ -81,15 +84,43 @@ class OptionLogits:
     def select(self, index: Index) -> OptionLogits:
         """The questions at `index` (integers, or a boolean mask), in that order: a split of the calibration set."""
         chosen = _chosen(index, len(self))
-        gold = None if self.gold is None else self.gold[chosen]
+        gold, samples = (None if column is None else column[chosen] for column in (self.gold, self.samples))
         digest = _digest([self.digest, chosen.tolist()]) if self.digest else ""
         return OptionLogits(
-            self.score[chosen], self.options[chosen], self.task[chosen], gold, digest, self.vocabulary
+            self.score[chosen],
+            self.options[chosen],
+            self.task[chosen],
+            gold,
+            digest,
+            self.vocabulary,
+            samples,
         )
 
+    @property
+    def written(self) -> Booleans:
+        """`(n,)` whether a question's answer is written."""
+        return np.zeros(len(self), dtype=np.bool_) if self.samples is None else np.asarray(self.samples > 0)
+
+    @property
+    def smoothed(self) -> OptionLogits:
+        """With half a sample for any other answer of a written question, so that a temperature can weigh it.
+
+        (Krichevsky and Trofimov 1981.) A share of 0 has a logarithm that only an `Evaluation`'s floor keeps finite.
+        """
+        if self.samples is None:
+            return self
+        score, rows = self.score.copy(), np.flatnonzero(self.written)
+        score[rows, self.options[rows] - 1] = -np.log(2.0 * self.samples[rows])
+        return replace(self, score=score)
+
     @classmethod
-    def from_evaluation(cls, evaluation: Evaluation, tokenizer: Any = None) -> OptionLogits:
+    def from_evaluation(
+        cls, evaluation: Evaluation, tokenizer: Any = None, samples: Sequence[int] = ()
+    ) -> OptionLogits:
         """The scores whose softmax is `evaluation.outcomes`; the tokenizer, where given, names the vocabulary.
+
+        Args:
+            samples: of each task the answers that are drawn to a question, 0 where options are scored; empty: all so.
 
         Raises:
             EvaluationError: as the class.
@@ -97,7 +128,8 @@ class OptionLogits:
         score = evaluation.loglikelihood.astype(np.float64) / evaluation.divisor.astype(np.float64)
         o = evaluation.outcomes
         vocabulary = "" if tokenizer is None else vocabulary_digest(tokenizer)
-        return cls(score, o.options, o.task, o.gold, evaluation.digest, vocabulary)
+        drawn = np.array(samples, dtype=np.int64)[o.task] if any(samples) else None
+        return cls(score, o.options, o.task, o.gold, evaluation.digest, vocabulary, drawn)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
+
+import numpy as np
 
 from objectives.calibrators.daca import daca, naive_alignment
 from objectives.calibrators.dual_align import dual_align
 from objectives.calibrators.fitted import FittedTemperature
 from objectives.calibrators.logits import LayerwiseLogits, OptionLogits
 from objectives.calibrators.temperature import temperature_scaling, vanilla
+from objectives.outcomes import Booleans
 from search.errors import ConfigError
 
 Logits = OptionLogits | LayerwiseLogits
@@ -26,6 +30,9 @@ METHODS: dict[str, frozenset[str]] = {
 def fit(method: str, post: Logits, pre: Logits | None = None) -> FittedTemperature:
     """Fits one temperature to the scores of a calibration set, with the method's default choices.
 
+    Written answers get a temperature of their own by `temperature`; the other methods compare two models option by
+    option, which written answers do not share: they are left out and left as they are.
+
     Args:
         method: a key of `METHODS`.
         post: the scores of the model to calibrate: a parent, a merge.
@@ -33,7 +40,8 @@ def fit(method: str, post: Logits, pre: Logits | None = None) -> FittedTemperatu
             Layer-wise scores serve every method.
 
     Raises:
-        ConfigError: no such method (the nearest name is suggested), or something it needs is missing.
+        ConfigError: no such method (the nearest name is suggested), something it needs is missing, or layers of a
+            set with written answers.
         EvaluationError: as the method's function.
 
     >>> import numpy as np
@@ -49,6 +57,8 @@ def fit(method: str, post: Logits, pre: Logits | None = None) -> FittedTemperatu
         )
     if method == "vanilla":
         return vanilla(post.final)
+    if (rows := post.final.written).any():
+        return _fit_both(method, post, pre, rows)
     if method == "temperature":
         return temperature_scaling(post.final)
     if pre is None:
@@ -62,3 +72,19 @@ def fit(method: str, post: Logits, pre: Logits | None = None) -> FittedTemperatu
             f"{method}: needs the scores after every layer of both models. Read them layer-wise."
         )
     return dual_align(post, pre)
+
+
+def _fit_both(method: str, post: Logits, pre: Logits | None, written: Booleans) -> FittedTemperature:
+    """`fit` where answers to the questions at `written` are."""
+    if not isinstance(post, OptionLogits) or (pre is not None and not isinstance(pre, OptionLogits)):
+        raise ConfigError(f"{method}: reads all layers at options, but some answers are written. Use daca.")
+    digest, options = post.digest, np.flatnonzero(~written)
+    own: FittedTemperature | None = None
+    if len(options):
+        own = fit(method, post.select(options), None if pre is None else pre.select(options))
+    if method != "temperature":
+        reason = f"none of {len(post)} questions has options, so 1 is kept"
+        return replace(own or FittedTemperature(method, 1.0, len(post), 0, reason=reason), digest=digest)
+    shares = temperature_scaling(post.smoothed.select(np.flatnonzero(written)))
+    counted = replace(own or shares, written=shares.temperature, digest=digest)
+    return replace(counted, questions=len(post), used=len(post))

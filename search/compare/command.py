@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from objectives.questions import closed
 from search.compare.entrants import Entry, budget_tokens, entries, parse_entrants
 from search.compare.runs import checkpoints, run_entries
 from search.compare.standings import Standings, read_standings
@@ -96,7 +97,7 @@ def _with_batches(config: StudyConfig, url: str, materials: Materials, first: st
     if size is None and (known := read_config(url, first)) is not None:
         size = known.batch_tokens
     if size is None:
-        size = materials.scorer.measure(materials.questions.search)
+        size = materials.scorer.measure(closed(materials.questions.search))
     materials.scorer.use(size)
     return config.model_copy(update={"batch_tokens": size})
 
