@@ -137,15 +137,19 @@ class Scores:
     def fitted(self, method: str, trial: int) -> FittedTemperature | None:
         """The temperature of a trial by a method, fitted on the search split; None if a score is missing.
 
-        So it is where a method reads options and every answer is written.
+        So it is where the method does not suit the questions.
         """
-        if method in READS_OPTIONS and all(self._samples):
+        if not self.suits(method):
             return None
         layers = "layers" in METHODS[method]
         own, reference = (self.logits(number, "search", layers) for number in (trial, self._pre))
         if own is None or reference is None:
             return None
         return fit(method, own, reference)
+
+    def suits(self, method: str) -> bool:
+        """Whether a method has anything to read: some compare options, of which written answers have none."""
+        return method not in READS_OPTIONS or not all(self._samples)
 
     def alternatives(self) -> Iterator[Alternative]:
         """`post` with the automatic methods, and all that `calibrate` was asked for."""

@@ -118,6 +118,8 @@ def calibration_table(board: Board, scores: Scores) -> CalibrationTable:
     for row, title in _models(board, scores):
         automatic = AUTOMATIC if row.kind != "pre" else ()
         for method in dict.fromkeys(["vanilla", *automatic, *scores.asked(row.trial)]):
+            if not scores.suits(method):
+                continue
             entry = _entry(scores, row, title, method, pre.trial, halves, _sampled(board, row, method))
             if entry is not None:
                 entries.append(entry)

@@ -26,6 +26,20 @@ def write_questions(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
+def write_open_questions(path: Path, count: int = 24, seed: int = 1) -> Path:
+    """Questions without options: half of all letters and digits are right, so that random models are, now and then."""
+    draw = random.Random(seed)
+    lines = [
+        {
+            "question": f"{index} {draw.choice(WORDS)}?",
+            "answer": draw.sample("bcdefghijklmnopqrstuvwxyz0123456789", 17),
+        }
+        for index in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def write_prompts(path: Path, count: int = 10) -> Path:
     """Prompts that differ; nobody knows an answer."""
     path.write_text(
