@@ -27,6 +27,7 @@ from search.sections import (
     SplitConfig,
 )
 from search.strict_yaml import apply_overrides, load_yaml
+from search.switching.config import RolloutConfig, SwitchingConfig, switching_fault
 from search.task_config import GenerateConfig, TaskConfig, written_fault
 
 __all__ = [
@@ -53,8 +54,8 @@ SCHEMA = 1
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
 _NOT_IDENTITY = re.compile(
-    r"^(trials|tokens|parents\.(pre|post|experts\.[^.]+)|tasks\.\d+\.path|diversity\.(prompts|equivalence)"
-    r"|preferences\.[^.]+\.model)$"
+    r"^(trials|tokens|switching(\..+)?|parents\.(pre|post|experts\.[^.]+)|tasks\.\d+\.path"
+    r"|diversity\.(prompts|equivalence)|preferences\.[^.]+\.model)$"
 )
 
 
@@ -85,6 +86,7 @@ class StudyConfig(Section):
     sampler: SamplerConfig = SamplerConfig()
     racing: RacingConfig | None = None
     fidelity: FidelityConfig | None = None
+    switching: SwitchingConfig | None = None
     trials: int = Field(default=64, ge=0, le=1_000_000)
     tokens: int | None = Field(default=None, ge=1, le=2**53)
     batch_tokens: int | None = Field(default=None, ge=1, le=2**24)
@@ -153,6 +155,15 @@ class StudyConfig(Section):
     def _written_answers_fit(self) -> StudyConfig:
         if (fault := written_fault(self.tasks, self.sampler, self.fidelity)) is not None:
             raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
+    def _turns_can_be_taken(self) -> StudyConfig:
+        rooms = [task.generation.max_new_tokens for task in self.tasks if task.written]
+        if self.switching is not None:
+            fault = switching_fault(self.switching, list(self.parents.places), rooms)
+            if fault is not None:
+                raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -365,6 +376,8 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
         "racing": RacingConfig,
         "fidelity": FidelityConfig,
         "coarse": CoarseConfig,
+        "switching": SwitchingConfig,
+        "rollouts": RolloutConfig,
     }
     for index, part in enumerate(path):
         if isinstance(part, str) and not (index == 1 and path[0] == "preferences"):  # that is a name

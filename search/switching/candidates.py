@@ -1,0 +1,102 @@
+"""A study's parents as candidates of a relay: models in memory, and each written task as a setting to take turns in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from objectives.generation import Decoding, encode_prompts
+from objectives.matching import get_rule
+from objectives.questions import QuestionSet, WrittenQuestion, written
+from objectives.stopping import stopping
+from search.errors import CheckpointError, ConfigError
+from search.materials import Materials, Split
+from search.merging.loading import load_model
+from search.merging.parents import Parents
+from search.merging.placement import SPREAD, place
+from search.switching.relay import Relay
+from search.switching.rollouts import Asked
+from search.switching.turns import Turns
+from search.task_config import TaskConfig
+
+
+def load_candidates(parents: Parents, dtype: str, device: str) -> dict[str, Any]:
+    """All parents as models in eval mode, by name, pre first.
+
+    Raises:
+        CheckpointError: one does not load. ConfigError: device `spread`, which holds one model.
+    """
+    if device == SPREAD:
+        raise ConfigError("--device spread: candidates lie on one device. Give auto, cpu, cuda or cuda:N.")
+    kind = getattr(torch, dtype)
+    found = {}
+    for label, one in zip(parents.labels, parents.everybody, strict=True):
+        model = load_model(one.folder, parents.config, kind, error=CheckpointError)
+        found[label] = place(model.requires_grad_(False), device)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One written task in which the candidates take turns.
+
+    Attributes:
+        number, name: of the task. relay: with the task's way to draw answers.
+        questions: of both splits. asked: the same as a relay takes them.
+    """
+
+    number: int
+    name: str
+    task: TaskConfig
+    relay: Relay
+    questions: Mapping[Split, tuple[WrittenQuestion, ...]]
+    asked: Mapping[Split, tuple[Asked, ...]]
+
+
+def settings(
+    questions: QuestionSet,
+    tasks: Sequence[TaskConfig],
+    models: Mapping[str, Any],
+    tokenizer: Any,
+    turns: Turns,
+) -> list[Setting]:
+    """A setting for each written task of a study.
+
+    Raises:
+        ConfigError: a prompt that cannot be encoded, or turns that do not fit a task.
+    """
+    found = []
+    for number, task in enumerate(tasks):
+        if not task.written:
+            continue
+        drawn = task.generation
+        relay = Relay(
+            models,
+            tokenizer,
+            turns,
+            stopping(tokenizer, chat_template=task.chat_template, until=task.until),
+            Decoding(drawn.samples, drawn.temperature, drawn.top_p, drawn.max_new_tokens, drawn.seed),
+        )
+        mine: dict[Split, tuple[WrittenQuestion, ...]] = {}
+        asked: dict[Split, tuple[Asked, ...]] = {}
+        for split in ("search", "report"):
+            mine[split] = tuple(one for one in written(questions.of(split)) if one.task == number)
+            texts = [one.context for one in mine[split]]
+            prompts = encode_prompts(texts, tokenizer, chat_template=task.chat_template)
+            rule = get_rule(drawn.match)
+            asked[split] = tuple(
+                Asked(one.key, prompt, one.accepted, rule)
+                for one, prompt in zip(mine[split], prompts, strict=True)
+            )
+        found.append(Setting(number, questions.task_names[number], task, relay, mine, asked))
+    return found
+
+
+def open_settings(materials: Materials, turns: Turns) -> list[Setting]:
+    """The settings of an opened study, its candidates loaded."""
+    config = materials.config
+    models = load_candidates(materials.parents, config.merge.dtype, materials.device)
+    return settings(materials.questions, config.tasks, models, materials.tokenizer, turns)

@@ -1,0 +1,185 @@
+"""A trained switcher as a folder: `switcher.json`, the classifier, a card and a manifest; whole or absent.
+
+The candidates are not copied: the folder names them, and their digests are compared when it is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from objectives.evidence_file import read_evidence, write_evidence
+from search import __version__
+from search.errors import ConfigError, EvaluationError, ExportError, IncompatibleModelsError
+from search.manifest import read_manifest, write_manifest
+from search.materials import Materials
+from search.merging.checkpoint import read_json
+from search.merging.header import shown
+from search.merging.parents import Parents
+from search.sections import Section
+from search.staging import lone_folder
+from search.switching.candidates import Setting, load_candidates
+from search.switching.classifier import Classifier
+from search.switching.config import SwitchingConfig
+from search.switching.switcher import ClassifierSwitcher
+from search.switching.train import Trained, switching_of
+from search.task_config import GenerateConfig
+
+SWITCHER = "switcher.json"
+WEIGHTS = "classifier.safetensors"
+FORMAT = "mergefront-switcher-1"
+KIND = "switcher"  # in the manifest
+
+
+class _Place(Section):
+    where: str
+    revision: str | None = None
+    sha256: str
+    licence: str | None = None
+
+
+class SwitcherFile(Section):
+    """`switcher.json`: who the candidates are, how they take turns, and how answers are drawn if nobody says otherwise.
+
+    `chat_template` and `until` are those of the study's first written task.
+    """
+
+    format: str
+    version: str
+    study: str
+    candidates: dict[str, _Place]
+    dtype: str
+    host: str
+    switching: SwitchingConfig
+    generate: GenerateConfig
+    chat_template: bool
+    until: list[str]
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A switcher folder with its candidates loaded.
+
+    Attributes:
+        models: by name. places: of the candidates, in the same order.
+    """
+
+    about: SwitcherFile
+    classifier: Classifier
+    models: Mapping[str, Any]
+    tokenizer: Any
+
+    def policy(self, room: int, seed: int = 0) -> ClassifierSwitcher:
+        """The switcher at work on responses of at most `room` tokens."""
+        names = list(self.about.candidates)
+        given = self.about.switching
+        host = names.index(self.about.host)
+        return ClassifierSwitcher(
+            self.classifier, host, len(names), room, given.choice, given.top_p, seed or given.seed
+        )
+
+
+def save_switcher(
+    trained: Trained, materials: Materials, settings: list[Setting], out: Path, *, overwrite: bool = False
+) -> Path:
+    """Writes the folder of a trained switcher.
+
+    Raises:
+        ExportError: `out` exists. DiskError: it cannot be written.
+    """
+    lesson, first = trained.lesson, settings[0].task
+    about = SwitcherFile(
+        format=FORMAT,
+        version=__version__,
+        study=materials.config.name,
+        candidates={name: _Place(**facts) for name, facts in materials.provenance().items()},  # type: ignore[arg-type]
+        dtype=materials.config.merge.dtype,
+        host=trained.host,
+        switching=switching_of(materials),
+        generate=first.generation,
+        chat_template=first.chat_template,
+        until=list(first.until),
+        training={
+            "questions": materials.questions.digest,
+            "traces": len(lesson.starts),
+            "clear": int(lesson.labels.kept.sum()),
+            "labels": lesson.counts,
+            "entropy": lesson.labels.entropy,
+            "held_out": trained.held_out,
+            "chance": trained.chance,
+            "tokens": asdict(lesson.cost),
+        },
+    )
+    with lone_folder(out, overwrite=overwrite) as staging:
+        text = json.dumps(about.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        (staging / SWITCHER).write_text(text + "\n", encoding="utf-8")
+        write_evidence(staging / WEIGHTS, trained.classifier.arrays(), {"format": FORMAT, "about": about.study})
+        (staging / "README.md").write_text(_card(about), encoding="utf-8")
+        write_manifest(staging, {"mergefront": __version__, "kind": KIND, "study": about.study})
+    return out
+
+
+def read_switcher(folder: Path) -> tuple[SwitcherFile, Classifier]:
+    """What a switcher's folder says, compared with its manifest; no candidate is opened.
+
+    Raises:
+        ExportError: no such folder, a changed file, or one that does not say what it must.
+    """
+    if read_manifest(folder).get("kind") != KIND:
+        raise ExportError(f"{folder}: holds no switcher. Give a folder that mergefront switch train made.")
+    try:
+        about = SwitcherFile.model_validate(read_json(folder / SWITCHER))
+        arrays, _ = read_evidence(folder / WEIGHTS, FORMAT)
+        classifier = Classifier.from_arrays(arrays)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(map(str, detail["loc"]))
+        raise ExportError(f"{folder / SWITCHER}: {shown(key)}: {detail['msg']}. Train it again.") from error
+    except EvaluationError as error:
+        raise ExportError(f"{folder}: {error} Train it again.") from error
+    if about.format != FORMAT or about.host not in about.candidates or len(classifier.bias) != len(about.candidates):
+        raise ExportError(f"{folder / SWITCHER}: does not fit the classifier beside it. Train it again.")
+    return about, classifier
+
+
+def open_switcher(folder: Path, moved: Mapping[str, str] | None = None, device: str = "auto") -> Opened:
+    """A switcher ready to write.
+
+    Args:
+        moved: places of candidates that lie elsewhere now, by name.
+
+    Raises:
+        ExportError: see `read_switcher`. ConfigError: `moved` names no candidate.
+        CheckpointError, IncompatibleModelsError: a candidate cannot be read, or is not the one it was trained with.
+    """
+    from search.merging.placement import choose_device
+
+    about, classifier = read_switcher(folder)
+    names = list(about.candidates)
+    for name in moved or ():
+        if name not in names:
+            raise ConfigError(f"--candidate {name}: found no such candidate (wanted {', '.join(names)}).")
+    places = {name: (moved or {}).get(name, facts.where) for name, facts in about.candidates.items()}
+    pre, *others = names
+    parents = Parents.open(places[pre], {name: places[name] for name in others})
+    for name, facts in about.candidates.items():
+        if (found := parents.sha256_of(name)) != facts.sha256:
+            raise IncompatibleModelsError(
+                f"{places[name]}: is not the {name} that the switcher was trained with (sha256 {found[:16]}..., wanted "
+                f"{facts.sha256[:16]}...). Give it with --candidate {name}=DIR, or train again."
+            )
+    models = load_candidates(parents, about.dtype, choose_device(device))
+    return Opened(about, classifier, models, parents.tokenizer())
+
+
+def _card(about: SwitcherFile) -> str:
+    """The README.md of the folder."""
+    from search.model_card import render
+
+    return render("switcher_card.md.j2", about=about.model_dump(mode="json"), version=__version__)
