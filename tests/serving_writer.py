@@ -158,7 +158,7 @@ def serving(writer: Any, limits: Limits | None = None, **options: Any) -> Iterat
 
 
 def main() -> None:
-    """Serves on a free port, a segment every tenth of a second; its exit code is the product's."""
+    """Serves: host, port, grace and the seconds of every segment but the first; its exit code is the product's."""
     import logging
     import time
 
@@ -168,8 +168,8 @@ def main() -> None:
     class Slow(ScriptedWriter):
         def write(self, prompt: tuple[int, ...], **options: Any) -> Iterator[Piece]:
             for piece in super().write(prompt, **options):
-                time.sleep(0.1)
                 yield piece
+                time.sleep(float(sys.argv[4]) if len(sys.argv) > 4 else 0.1)
 
     logging.getLogger("mergefront").addHandler(logging.NullHandler())
     try:

@@ -339,7 +339,9 @@ def test_wrong_fields(tight: str) -> None:
 
 def test_openais_client_raises_its_own_errors(tight: str) -> None:
     asked = client(tight)
-    with pytest.raises(openai.BadRequestError, match="maximum context length is 301") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match=r"At most 300 tokens are read here \(found 400\)"
+    ) as caught:
         asked.completions.create(model="scripted", prompt="p" * 400)
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
     with pytest.raises(openai.NotFoundError) as missing:
@@ -419,7 +421,7 @@ def test_bodies_beyond_the_limit(tight: str) -> None:
     assert b"connection: close" in slow.lower()
     # What follows an unread body is never taken for the next request.
     smuggled = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    length = f"Content-Length: {len(smuggled)}\r\n\r\n".encode()
+    length = f"Content-Length: {len(smuggled) + 9}\r\n\r\n".encode()
     found = raw(tight, b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n" + length + smuggled)
     assert found.count(b"HTTP/1.1 ") == 1
     assert works(tight)
@@ -476,6 +478,39 @@ def test_names_and_keys() -> None:
             client(at, "wrong").models.list()
 
 
+def test_a_client_that_does_not_read() -> None:
+    class Wordy(ScriptedWriter):
+        def write(self, prompt: tuple[int, ...], **options: Any) -> Iterator[Piece]:
+            for piece in super().write(prompt, **options):
+                yield Piece(piece.text * 500_000, piece.author, piece.tokens, piece.finish)
+
+    writer = Wordy(steps=threading.Semaphore(20))
+    with serving(writer, Limits(send_seconds=0.3, grace_seconds=0.2)) as at:
+        body = b'{"prompt":"abc","max_tokens":200,"stream":true}'
+        with _sent(at, body) as idle:
+            assert eventually(lambda: writer.begun == 1)
+            assert writer.steps is not None
+            while writer.ended == 0:
+                writer.steps.release(1)  # slowly: it is the connection that ends it, not the last segment
+                time.sleep(0.1)
+                assert len(writer.seen) == 1
+            idle.settimeout(5)
+            found = b""
+            while chunk := idle.recv(1 << 20):
+                found = found[-10:] + chunk
+            assert not found.endswith(b"0\r\n\r\n")  # hung up on, not ended
+        writer.steps.release(1)
+        assert ask(at, {"prompt": "abc", "max_tokens": 1})[0] == 200
+
+
+def _sent(at: str, body: bytes) -> socket.socket:
+    where = urlsplit(at)
+    connection = socket.create_connection((where.hostname, where.port or 0))
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
 def test_a_full_line() -> None:
     writer = ScriptedWriter(steps=threading.Semaphore(0))
     with serving(writer, Limits(waiting=1, grace_seconds=0.2)) as at:
@@ -506,11 +541,8 @@ def test_a_full_line() -> None:
 def test_a_client_that_leaves_frees_its_place(stream: bool) -> None:
     writer = ScriptedWriter(steps=threading.Semaphore(1))
     with serving(writer, Limits(waiting=0, grace_seconds=0.2)) as at:
-        where = urlsplit(at)
         body = json.dumps({"prompt": "abc", "max_tokens": 100, "stream": stream}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        with socket.create_connection((where.hostname, where.port or 0)) as leaving:
-            leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        with _sent(at, body) as leaving:
             if stream:
                 assert b"HTTP/1.1 200" in leaving.recv(100)
             assert eventually(lambda: writer.begun == 1)
@@ -736,6 +768,17 @@ def test_a_long_answer_does_not_hold_the_end_up() -> None:
             list(stream)
         assert server.wait(10) == 143
         assert time.monotonic() - began < 5
+
+
+def test_a_long_segment_does_not_either() -> None:
+    with process("127.0.0.1", "0", "0.1", "60") as server:
+        assert server.stderr is not None
+        at = server.stderr.readline().split()[-1]
+        stream = client(at).completions.create(model="scripted", prompt="abc", max_tokens=400, stream=True)
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 143
+        assert server.stderr.read() == ""
 
 
 def test_a_taken_port_is_one_line() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -17,13 +18,22 @@ from search.errors import ConfigError
 from search.switching.serving.answers import DONE, ChatForm, Form, Model, ModelList, TextForm, event, to_bytes
 from search.switching.serving.body import read_json
 from search.switching.serving.desk import Desk, Order, Ticket
-from search.switching.serving.errors import ApiError, closing, from_status, invalid, no_model, too_long
-from search.switching.serving.gate import TALLY, Gate
+from search.switching.serving.errors import (
+    ApiError,
+    closing,
+    from_status,
+    invalid,
+    no_model,
+    timed_out,
+    too_long,
+)
+from search.switching.serving.gate import TALLY, Gate, Tally
 from search.switching.serving.limits import Limits
 from search.switching.serving.protocol import COLDEST, NARROWEST, ChatRequest, TextRequest, read_request
 from search.switching.writer import Piece, Writer
 
 T = TypeVar("T")
+JOIN_SECONDS = 2.0  # for the segment that is being written when the server ends
 
 
 def make_app(
@@ -40,17 +50,19 @@ def make_app(
     """
     limits = limits or Limits()
     desk = Desk(writer, limits.waiting)
+    service = _Service(writer, limits, desk)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         desk.start()
         yield
         desk.stop()
-        await asyncio.to_thread(desk.join, 2.0)
+        service.close()
+        await asyncio.to_thread(desk.join, JOIN_SECONDS)
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.desk = desk
-    app.add_middleware(Gate, hosts=hosts, api_key=api_key)
+    app.add_middleware(Gate, hosts=hosts, api_key=api_key, drained_bytes=16 * limits.body_bytes)
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> Response:
@@ -61,7 +73,6 @@ def make_app(
         path = request.scope.get("raw_path", b"").decode("ascii", "backslashreplace")
         return from_status(error.status_code, request.method, path, error.headers).response()
 
-    service = _Service(writer, limits, desk)
     app.add_api_route("/health", service.health, methods=["GET"])
     app.add_api_route("/v1/models", service.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", service.model, methods=["GET"])
@@ -73,8 +84,11 @@ def make_app(
 class _Service:
     def __init__(self, writer: Writer, limits: Limits, desk: Desk) -> None:
         self.writer, self.limits, self.desk = writer, limits, desk
-        self._encoding = asyncio.Lock()  # tokenizers are not made for two threads at once
+        self._encoder = ThreadPoolExecutor(1, "encoder")  # tokenizers are not made for two threads at once
         self._about = Model(id=writer.name, created=int(time.time()), max_model_len=writer.context)
+
+    def close(self) -> None:
+        self._encoder.shutdown(wait=False, cancel_futures=True)
 
     async def health(self) -> Response:
         if self.desk.closed:
@@ -102,36 +116,39 @@ class _Service:
         asked = read_request(kind, body, self.limits)
         self._known(asked.model)
         self.desk.check_room()  # before the work of encoding
-        order = await self._order(asked)
-        ticket = self.desk.submit(order, deadline, self.limits.seconds)
-        made = form(self.writer.name, len(order.prompt), asked.n, include_usage=asked.include_usage)
-        request.scope[TALLY].prompt_tokens = len(order.prompt)
-        try:
-            if asked.stream:
-                # The status waits for the first piece: what fails before it is an HTTP error, not an event.
-                first = await while_connected(request.receive, ticket.next())
-                assert first is not None
-                return EventStream(ticket, made, first)
-            await while_connected(request.receive, _collect(ticket, made))
-            return Response(made.whole(), media_type="application/json")
-        except BaseException:
-            ticket.cancel()
-            raise
-        finally:
-            request.scope[TALLY].new_tokens = made.new_tokens
+        order = await self._order(asked, deadline)
+        tally: Tally = request.scope[TALLY]
+        ticket = tally.ticket = self.desk.submit(order, deadline, self.limits.seconds)
+        made = tally.form = form(
+            self.writer.name, len(order.prompt), asked.n, include_usage=asked.include_usage
+        )
+        if asked.stream:
+            # The status waits for the first piece: what fails before it is an HTTP error, not an event.
+            first = await while_connected(request.receive, ticket.next())
+            assert first is not None
+            return EventStream(ticket, made, first)
+        await while_connected(request.receive, _collect(ticket, made))
+        return Response(made.whole(), media_type="application/json")
 
-    async def _order(self, asked: TextRequest | ChatRequest) -> Order:
+    async def _order(self, asked: TextRequest | ChatRequest, deadline: float) -> Order:
         limits, context = self.limits, self.writer.context
         param = "prompt" if isinstance(asked, TextRequest) else "messages"
+        encoding = asyncio.get_running_loop().run_in_executor(
+            self._encoder, self.writer.encode, asked.written
+        )
         try:
-            async with self._encoding:
-                prompt = await asyncio.to_thread(self.writer.encode, asked.written)
+            async with asyncio.timeout_at(deadline):
+                prompt = await encoding
+        except TimeoutError:
+            raise timed_out(limits.seconds) from None
         except ConfigError as error:
             raise invalid(str(error), param) from None
-        most = min(limits.prompt_tokens, context - 1)
-        if len(prompt) > most:
-            raise too_long(len(prompt), None, most + 1, param)
         room, wanted = context - len(prompt), asked.wanted_tokens
+        if room < 1:
+            raise too_long(len(prompt), None, context, param)
+        if len(prompt) > limits.prompt_tokens:
+            message = f"At most {limits.prompt_tokens} tokens are read here (found {len(prompt)})."
+            raise invalid(message, param, "context_length_exceeded")
         if wanted is not None and wanted > limits.new_tokens:
             raise invalid(f"max_tokens: at most {limits.new_tokens} (found {wanted}).", "max_tokens")
         if wanted is not None and wanted > room:
@@ -151,7 +168,7 @@ class _Service:
 
 
 class EventStream(Response):
-    """Server-sent events of one request. The generation ends with the connection, whichever way that ends."""
+    """Server-sent events of one request."""
 
     media_type = "text/event-stream"
 
@@ -161,11 +178,7 @@ class EventStream(Response):
         self._ticket, self._form, self._first = ticket, form, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await while_connected(receive, self._send(send))
-        finally:
-            self._ticket.cancel()
-            scope[TALLY].new_tokens = self._form.new_tokens
+        await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

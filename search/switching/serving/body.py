@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from pydantic_core import from_json
 from starlette.requests import Request
+from starlette.types import Receive
 
 from search.switching.serving.errors import ApiError, invalid
 from search.switching.serving.limits import Limits
@@ -51,22 +53,29 @@ async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
 
 async def _read(request: Request, most: int) -> bytes:
     declared = request.headers.get("content-length", "0")
-    too_large = int(declared) > most if declared.isdecimal() else False
-    if too_large and request.headers.get("expect"):
-        raise _too_large(most)  # it waits for a word from us before it sends
-    body, seen = bytearray(), 0
-    async for chunk in request.stream():
-        seen += len(chunk)
-        too_large = too_large or seen > most
-        if not too_large:
-            body += chunk
-        elif body:
-            body = bytearray()
-        if seen > _DRAINED * most:
-            break
-    if too_large:
+    if declared.isdecimal() and int(declared) > most:
         raise _too_large(most)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise _too_large(most)
     return bytes(body)
+
+
+async def drain(receive: Receive, most: int) -> None:
+    """Reads and drops what is left of a body, `most` bytes and a second of it.
+
+    A connection that is closed on unread bytes is reset, and its client may lose the answer with it.
+    """
+    seen = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(1.0):
+            while seen <= most:
+                message = await receive()
+                seen += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
 
 
 def _too_large(most: int) -> ApiError:

@@ -136,6 +136,11 @@ class Desk:
                 self._running.cancelled.set()
                 self._running.put(closing())
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
     def join(self, seconds: float) -> None:
         """Waits for the thread, which ends after `close` once nothing is being written."""
         self._thread.join(seconds)

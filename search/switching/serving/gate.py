@@ -13,6 +13,9 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from search.switching.serving.answers import Form
+from search.switching.serving.body import drain
+from search.switching.serving.desk import Ticket
 from search.switching.serving.errors import ApiError, closing, failed, invalid, unauthorized
 
 LOGGER = logging.getLogger("mergefront")
@@ -21,10 +24,10 @@ TALLY = "mergefront.tally"
 
 @dataclass
 class Tally:
-    """What the log says of a request beyond its status; the routes fill it in."""
+    """What a request has at the desk: the log counts it, and at the request's end, whichever it is, it is let go."""
 
-    prompt_tokens: int | None = None
-    new_tokens: int = 0
+    ticket: Ticket | None = None
+    form: Form | None = None
 
 
 class Gate:
@@ -33,13 +36,20 @@ class Gate:
     Args:
         hosts: values of the Host header (without port) that are answered; None answers all. A page of another site
             whose name was pointed at this machine (DNS rebinding) carries its own name there.
+        drained_bytes: of a body that a refusal leaves unread are read and dropped.
         api_key: what /v1 asks for as a bearer token; None asks for none.
     """
 
     def __init__(
-        self, app: ASGIApp, *, hosts: Collection[str] | None = None, api_key: str | None = None
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Collection[str] | None = None,
+        api_key: str | None = None,
+        drained_bytes: int = 1 << 24,
     ) -> None:
         self.app = app
+        self.drained_bytes = drained_bytes
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self.api_key = None if api_key is None else api_key.encode()
 
@@ -65,8 +75,9 @@ class Gate:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # What is left of a body is never read as the next request, nor waited for.
-                if unread:
+                if unread and "expect" not in headers:  # who asks first sends nothing
+                    await drain(receiving, self.drained_bytes)
+                if unread:  # still: what follows must not be taken for the next request
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             elif message["type"] == "http.response.body":
                 ended = not message.get("more_body", False)
@@ -89,6 +100,8 @@ class Gate:
                 if status is None:
                     await failed().response()(scope, receiving, sending)
         finally:
+            if tally.ticket is not None:
+                tally.ticket.cancel()
             _log(scope, status, ended, tally, time.perf_counter() - began)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
@@ -106,7 +119,8 @@ class Gate:
 
 def _log(scope: Scope, status: int | None, ended: bool, tally: Tally, seconds: float) -> None:
     path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]  # quoted: no line breaks
-    tokens = "" if tally.prompt_tokens is None else f", {tally.prompt_tokens}+{tally.new_tokens} tokens"
+    form = tally.form
+    tokens = "" if form is None else f", {form.prompt_tokens}+{form.new_tokens} tokens"
     left = "" if ended else ", client left"
     level = logging.DEBUG if path == "/health" else logging.INFO
     found = "-" if status is None else status

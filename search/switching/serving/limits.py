@@ -21,6 +21,7 @@ class Limits:
         seconds: wall time of one request, its wait included.
         header_seconds: until a connection has sent a whole request line and headers.
         body_seconds: until it has sent the whole body.
+        send_seconds: that it may leave a full buffer unread.
         idle_seconds: that a connection may stay open between two requests.
         header_bytes: of request line and headers.
         connections: open at once; one more is refused (503).
@@ -38,6 +39,7 @@ class Limits:
     seconds: float = 600.0
     header_seconds: float = 10.0
     body_seconds: float = 30.0
+    send_seconds: float = 30.0
     idle_seconds: float = 5.0
     header_bytes: int = 32_768
     connections: int = 256

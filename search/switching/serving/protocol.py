@@ -86,14 +86,14 @@ class Request(_Strict):
     """What both kinds of completions have in common."""
 
     model: str | None = None
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, lt=2**31)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_texts)] = ()
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -136,7 +136,7 @@ class ChatRequest(Request):
 
     default_tokens: ClassVar[int | None] = None
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -197,7 +197,9 @@ def _refused(error: ValidationError) -> ApiError:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
     found = first["input"]
     seen = (
-        f" (found {found!r})" if isinstance(found, bool | int | float) and first["type"] != "missing" else ""
+        f" (found {repr(found)[:40]})"
+        if isinstance(found, bool | int | float) and first["type"] != "missing"
+        else ""
     )
     missing = f"{path} is missing." if first["type"] == "missing" else f"{path}: {first['msg']}{seen}."
     return invalid(

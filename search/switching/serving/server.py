@@ -120,7 +120,13 @@ def serve(writer: Writer, host: str = "127.0.0.1", port: int = 8000, limits: Lim
                 API_KEY,
             )
         app = make_app(writer, limits, hosts={*_NAMES, host} if local else None, api_key=key)
-        Server(app, listener, limits, lambda at: _say(f"serving {writer.name} at {at}")).run()
+        try:
+            Server(app, listener, limits, lambda at: _say(f"serving {writer.name} at {at}")).run()
+        except Interrupted as stop:
+            if app.state.desk.alive:
+                # Its thread is inside a model, whose code need not survive the interpreter's end; nothing is lost.
+                os._exit(stop.exit_code)
+            raise
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,8 +1,8 @@
 """Bytes on a connection: uvicorn's HTTP/1.1, with the time limits and the error shape that it lacks.
 
-Uvicorn bounds the size of headers and the time between two requests. It waits for ever for the first request and for
-the rest of one that has begun (slow loris), answers what is no HTTP in plain text, and counts connections only when
-a request is complete. The time for a body is `body.read_json`'s.
+Uvicorn bounds the size of headers and the time between two requests. It waits for ever for a first request, for the
+rest of one that has begun (slow loris) and for a client that does not read what it is sent; it answers what is no HTTP
+in plain text, and counts connections only when a request is complete. The time for a body is `body.read_json`'s.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def make_protocol(limits: Limits) -> type[asyncio.Protocol]:
 class _BoundedProtocol(H11Protocol):
     bounds: Limits
     _headers_due: asyncio.TimerHandle | None = None
+    _read_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -51,7 +52,17 @@ class _BoundedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_headers()
+        self._forget_read()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The buffer is full."""
+        super().pause_writing()
+        self._read_due = self.loop.call_later(self.bounds.send_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._forget_read()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(invalid(msg, code="invalid_http"))
@@ -67,6 +78,11 @@ class _BoundedProtocol(H11Protocol):
         if self._headers_due is not None:
             self._headers_due.cancel()
             self._headers_due = None
+
+    def _forget_read(self) -> None:
+        if self._read_due is not None:
+            self._read_due.cancel()
+            self._read_due = None
 
     def _late(self) -> None:
         self._headers_due = None
