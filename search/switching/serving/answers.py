@@ -94,6 +94,13 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class Health(BaseModel):
+    """Of /health; `requests` are being answered or wait."""
+
+    status: Literal["ok"] = "ok"
+    requests: int
+
+
 def to_bytes(answer: BaseModel, exclude: set[str] | None = None) -> bytes:
     """JSON in UTF-8; a lone surrogate, which no JSON text may hold, becomes a question mark."""
     return json.dumps(answer.model_dump(exclude=exclude), ensure_ascii=False).encode("utf-8", "replace")

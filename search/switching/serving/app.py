@@ -15,7 +15,17 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from search.errors import ConfigError
-from search.switching.serving.answers import DONE, ChatForm, Form, Model, ModelList, TextForm, event, to_bytes
+from search.switching.serving.answers import (
+    DONE,
+    ChatForm,
+    Form,
+    Health,
+    Model,
+    ModelList,
+    TextForm,
+    event,
+    to_bytes,
+)
 from search.switching.serving.body import read_json
 from search.switching.serving.desk import Desk, Order, Ticket
 from search.switching.serving.errors import (
@@ -93,7 +103,7 @@ class _Service:
     async def health(self) -> Response:
         if self.desk.closed:
             raise closing()
-        return Response(b'{"status":"ok"}', media_type="application/json")
+        return Response(to_bytes(Health(requests=self.desk.load)), media_type="application/json")
 
     async def models(self) -> Response:
         return Response(to_bytes(ModelList(data=[self._about])), media_type="application/json")

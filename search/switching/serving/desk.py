@@ -86,6 +86,12 @@ class Desk:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def load(self) -> int:
+        """Requests that are being answered or wait."""
+        with self._changed:
+            return len(self._line) + (self._running is not None)
+
     def check_room(self) -> None:
         """
         Raises:
@@ -94,7 +100,7 @@ class Desk:
         with self._changed:
             if self.closed:
                 raise closing()
-            if len(self._line) + (self._running is not None) > self.waiting:
+            if self.load > self.waiting:
                 raise full(self.waiting)
 
     def submit(self, order: Order, deadline: float, seconds: float) -> Ticket:
