@@ -34,21 +34,30 @@ def load_prompts(path: str, limit: int | None, share: float, seed: int) -> Promp
         ConfigError: a file that cannot be read, a line without a prompt, or a side without prompts.
     """
     where = f"diversity.prompts: {path}"
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{where}: cannot be read: {reason}.") from error
-    prompts: dict[str, None] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            prompts[_prompt(line, f"{where}: line {number}")] = None
+    prompts = dict.fromkeys(read_prompt_file(Path(path), where))
     ranked = sorted(prompts, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest())[:limit]
     count = round(share * len(ranked))
     if not 0 < count < len(ranked):
         raise ConfigError(f"{where}: {len(ranked)} prompts leave one split empty. Give more of them.")
     digest = hashlib.sha256(json.dumps([ranked, count]).encode()).hexdigest()
     return PromptSet(tuple(ranked[:count]), tuple(ranked[count:]), digest)
+
+
+def read_prompt_file(path: Path, where: str) -> list[str]:
+    """The prompts of JSON lines with `prompt` (or `question`), in order.
+
+    Args:
+        where: what an error names.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a line without a prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{where}: cannot be read: {reason}.") from error
+    return [_prompt(line, f"{where}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _prompt(line: str, where: str) -> str:

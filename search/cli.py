@@ -1,6 +1,7 @@
 """The command line: parse, call, print, translate errors. stdout carries results only; all else goes to stderr.
 
-The commands on studies are here, those on single models in `search.model_commands`.
+The commands on studies are here, those on single models in `search.model_commands`, those on
+candidates that take turns in `search.switch_commands`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from search.options import (
     Workers,
 )
 from search.running import run_study
+from search.switch_commands import switch
 
 app = typer.Typer(
     name="mergefront",
@@ -260,6 +262,7 @@ def compare(
 
 
 app.add_typer(models)
+app.add_typer(switch)
 
 
 def main() -> None:

@@ -43,21 +43,12 @@ def model_card(
         rebuild: the command with which mergekit makes the same weights.
         options: hyper-parameters of the method, searched or fixed.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
     licences = [facts["licence"] for facts in parents.values()]
-    return environment.get_template("model_card.md.j2").render(
+    return render(
+        "model_card.md.j2",
         base_models=[place.partition("@")[0] for place in places if not place.startswith("/")],
         licence=licences[0] if len(set(licences)) == 1 else None,
-        licences=_licences(licences),
+        licences=licences_said(licences),
         study=board.study,
         label=row.label if row.label.startswith("trial") else f"trial {row.trial} ({row.label})",
         method=row.method,
@@ -67,7 +58,7 @@ def model_card(
         parents=[_parent(name, facts) for name, facts in parents.items()],
         splits=[_split(board, row, split, tasks) for split in SPLITS],
         groups=[
-            {"name": _cell_text(name), "coefficient": number(value), "tensors": tensors[split_name(name)[1]]}
+            {"name": cell_text(name), "coefficient": number(value), "tensors": tensors[split_name(name)[1]]}
             for name, value in row.coefficients.items()
             if split_name(name)[1] in tensors
         ],
@@ -82,7 +73,23 @@ def model_card(
     )
 
 
-def _licences(licences: Sequence[str | None]) -> str:
+def render(template: str, **facts: Any) -> str:
+    """A Markdown file from a template of this package; every name in it must be given."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return environment.get_template(template).render(**facts)
+
+
+def licences_said(licences: Sequence[str | None]) -> str:
+    """What the licences of several models mean for what is made of them."""
     if None in licences:
         return "A parent's card names no licence: find it out before you share this merge."
     if len(set(licences)) > 1:
@@ -93,10 +100,10 @@ def _licences(licences: Sequence[str | None]) -> str:
 def _parent(name: str, facts: Mapping[str, str | None]) -> dict[str, str]:
     return {
         "name": name,
-        "where": _cell_text(facts["where"] or ""),
-        "revision": _cell_text(facts["revision"] or "-"),
+        "where": cell_text(facts["where"] or ""),
+        "revision": cell_text(facts["revision"] or "-"),
         "sha256": facts["sha256"] or "-",
-        "licence": _cell_text(facts["licence"] or "unknown"),
+        "licence": cell_text(facts["licence"] or "unknown"),
     }
 
 
@@ -128,6 +135,6 @@ def _score(cell: Cell | None, sign: str = "") -> str:
     return "-" if cell is None else f"{cell.value:{sign}.4f} [{cell.low:{sign}.4f}, {cell.high:{sign}.4f}]"
 
 
-def _cell_text(text: str) -> str:
+def cell_text(text: str) -> str:
     """Text of a path or a name, fit for a code span in a table cell."""
     return shown(text).replace("`", "'").replace("|", "\\|")

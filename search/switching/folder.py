@@ -21,6 +21,7 @@ from search.materials import Materials
 from search.merging.checkpoint import read_json
 from search.merging.header import shown
 from search.merging.parents import Parents
+from search.model_card import cell_text, licences_said, render
 from search.sections import Section
 from search.staging import lone_folder
 from search.switching.candidates import Setting, load_candidates
@@ -119,7 +120,9 @@ def save_switcher(
     with lone_folder(out, overwrite=overwrite) as staging:
         text = json.dumps(about.model_dump(mode="json"), indent=2, ensure_ascii=False)
         (staging / SWITCHER).write_text(text + "\n", encoding="utf-8")
-        write_evidence(staging / WEIGHTS, trained.classifier.arrays(), {"format": FORMAT, "about": about.study})
+        write_evidence(
+            staging / WEIGHTS, trained.classifier.arrays(), {"format": FORMAT, "about": about.study}
+        )
         (staging / "README.md").write_text(_card(about), encoding="utf-8")
         write_manifest(staging, {"mergefront": __version__, "kind": KIND, "study": about.study})
     return out
@@ -143,7 +146,11 @@ def read_switcher(folder: Path) -> tuple[SwitcherFile, Classifier]:
         raise ExportError(f"{folder / SWITCHER}: {shown(key)}: {detail['msg']}. Train it again.") from error
     except EvaluationError as error:
         raise ExportError(f"{folder}: {error} Train it again.") from error
-    if about.format != FORMAT or about.host not in about.candidates or len(classifier.bias) != len(about.candidates):
+    if (
+        about.format != FORMAT
+        or about.host not in about.candidates
+        or len(classifier.bias) != len(about.candidates)
+    ):
         raise ExportError(f"{folder / SWITCHER}: does not fit the classifier beside it. Train it again.")
     return about, classifier
 
@@ -180,6 +187,23 @@ def open_switcher(folder: Path, moved: Mapping[str, str] | None = None, device: 
 
 def _card(about: SwitcherFile) -> str:
     """The README.md of the folder."""
-    from search.model_card import render
-
-    return render("switcher_card.md.j2", about=about.model_dump(mode="json"), version=__version__)
+    licences = [one.licence for one in about.candidates.values()]
+    return render(
+        "switcher_card.md.j2",
+        about=about,
+        host=about.host,
+        candidates=[
+            {
+                "name": name,
+                "where": cell_text(one.where),
+                "revision": cell_text(one.revision or "-"),
+                "sha256": one.sha256,
+                "licence": cell_text(one.licence or "unknown"),
+            }
+            for name, one in about.candidates.items()
+        ],
+        licence=licences[0] if len(set(licences)) == 1 else None,
+        licences=licences_said(licences),
+        training=about.training,
+        version=__version__,
+    )

@@ -1,0 +1,121 @@
+"""The commands on candidates that take turns: train a switcher, let it write, serve it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.errors import ConfigError
+from search.interrupt import interruptible
+from search.options import GIVEN, Device, Set, Study
+
+switch = typer.Typer(
+    name="switch",
+    help="Checkpoints that take turns at one response (Switch Generation).",
+    no_args_is_help=True,
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that switch train made.")]
+Moved = Annotated[
+    list[str],
+    typer.Option("--candidate", metavar="NAME=DIR", help="A candidate that lies elsewhere now; repeatable."),
+]
+
+
+@switch.command()
+def train(
+    study: Study,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the trained switcher.")],
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Finished rollouts.  [default: runs/NAME/rollouts]"),
+    ] = None,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier switcher.", rich_help_panel="Dangerous"),
+    ] = False,
+) -> None:
+    """Learns from rollouts on the search split who should write next; goes on where it was stopped."""
+    from search.config import load_study_file
+
+    config = load_study_file(study, overrides)
+    if config.switching is None:
+        raise ConfigError(f"{study}: has no section switching. Add one, such as switching: {{segment: 25}}.")
+    from search.console import stderr_console
+    from search.materials import Materials
+    from search.oneoff.make import check_target
+    from search.switching.bar import RolloutBar
+    from search.switching.candidates import open_settings
+    from search.switching.folder import save_switcher
+    from search.switching.train import summary
+    from search.switching.train import train as learn
+
+    check_target(out, overwrite=overwrite)
+    with interruptible():
+        materials = Materials.open(config, device)
+        settings = open_settings(materials, config.switching.turns)
+        with RolloutBar(stderr_console(), quiet=GIVEN["quiet"]) as bar:
+            trained = learn(materials, settings, work or Path("runs") / config.name / "rollouts", bar.watch)
+        folder = save_switcher(trained, materials, settings, out, overwrite=overwrite)
+    for line in summary(trained):
+        print(line)
+    print(folder)
+
+
+@switch.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", metavar="TEXT", help="What to go on from; repeatable.")
+    ] = [],  # noqa: B006
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="JSON lines with prompt or question.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are a user's messages.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON lines: prompt, text, and who wrote what.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer.  [default: the study's]")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Above 0.  [default: the study's]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the nucleus.  [default: the study's]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
+    moved: Moved = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Writes one answer to each prompt, the candidates taking turns; says on stderr who wrote how much."""
+    from search.switching.command import generate_answers, read_prompts
+
+    texts = read_prompts(prompt, prompts)
+    with interruptible():
+        for line in generate_answers(
+            folder,
+            texts,
+            {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p},
+            seed=seed,
+            chat=chat,
+            as_json=as_json,
+            moved=moved,
+            device=device,
+        ):
+            print(line, flush=True)
+
+
+@switch.command()
+def serve(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Model id.  [default: the study's name]")] = None,
+    moved: Moved = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """An OpenAI-compatible API: chat and text completions, streamed or not. Needs the extra serve."""
+    from search.switching.command import serve_folder
+
+    serve_folder(folder, host, port, name, moved, device)

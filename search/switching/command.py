@@ -1,0 +1,100 @@
+"""What `mergefront switch generate` and `serve` do."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from objectives.prompts import read_prompt_file
+from search.errors import ConfigError
+from search.switching.answering import SwitchWriter
+from search.switching.folder import open_switcher, read_switcher
+
+logger = logging.getLogger("mergefront")
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    """Prompts of the command line, then those of a file of JSON lines.
+
+    Raises:
+        ConfigError: there are none, or the file cannot be read.
+    """
+    found = [*given, *(read_prompt_file(file, f"--prompts {file}") if file is not None else ())]
+    if not found:
+        raise ConfigError("--prompt: there is none. Give --prompt TEXT, or --prompts FILE with JSON lines.")
+    return found
+
+
+def generate_answers(
+    folder: Path,
+    prompts: Sequence[str],
+    given: Mapping[str, Any],
+    *,
+    seed: int,
+    chat: bool,
+    as_json: bool,
+    moved: Sequence[str],
+    device: str,
+) -> Iterator[str]:
+    """A line for each prompt: the answer, or JSON with prompt, text and segments.
+
+    Raises:
+        ConfigError: a number out of its range, or a prompt that does not fit. Others as `open_switcher`.
+    """
+    about, _ = read_switcher(folder)
+    default = about.generate
+    drawn = {name: getattr(default, name) if value is None else value for name, value in given.items()}
+    writer = SwitchWriter(open_switcher(folder, places(moved), device), about.study)
+    shares: Counter[str] = Counter()
+    for prompt in prompts:
+        asked = writer.encode([{"role": "user", "content": prompt}] if chat else prompt)
+        pieces = list(writer.write(asked, **drawn, seed=seed))
+        for piece in pieces:
+            shares[piece.author] += piece.tokens
+        text = "".join(piece.text for piece in pieces)
+        if as_json:
+            segments = [{"author": piece.author, "text": piece.text} for piece in pieces]
+            finish = pieces[-1].finish if pieces else "length"
+            yield json.dumps(
+                {"prompt": prompt, "text": text, "finish": finish, "segments": segments}, ensure_ascii=False
+            )
+        else:
+            yield text
+    total = max(1, sum(shares.values()))
+    said = ", ".join(f"{name} {count / total:.0%}" for name, count in shares.most_common())
+    logger.info("%d tokens: %s", sum(shares.values()), said)
+
+
+def serve_folder(
+    folder: Path, host: str, port: int, name: str | None, moved: Sequence[str], device: str
+) -> None:
+    """Serves a switcher until a signal ends it.
+
+    Raises:
+        ConfigError: the extra is not installed, or no such address. Others as `open_switcher`.
+    """
+    for module in ("fastapi", "uvicorn", "h11"):
+        if find_spec(module) is None:
+            raise ConfigError(
+                f"switch serve: {module} is not installed. Install it: pip install 'mergefront[serve]'."
+            )
+    from search.switching.serving.server import serve
+
+    opened = open_switcher(folder, places(moved), device)
+    serve(SwitchWriter(opened, name or opened.about.study), host, port)
+
+
+def places(given: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIR` texts as a mapping."""
+    found = {}
+    for one in given:
+        name, equals, place = one.partition("=")
+        if not (name and equals and place):
+            raise ConfigError(f"--candidate {one}: wanted NAME=DIR.")
+        found[name] = place
+    return found
