@@ -130,15 +130,7 @@ def train(materials: Materials, settings: list[Setting], work: Path, watch: Watc
 def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watch | None = None) -> Lesson:
     """The rollouts of all written tasks with their labels."""
     config = switching_of(materials)
-    rolled = config.rollouts
-    options = RolloutOptions(
-        rolled.traces,
-        rolled.branches,
-        rolled.completions,
-        rolled.cut[0],
-        rolled.cut[1],
-        derived(config.seed, "rollouts"),
-    )
+    options = options_of(config)
     facts = {"parents": materials.parents.digest, "dtype": materials.config.merge.dtype}
     store = PieceStore(work)
     question: list[Integers] = []
@@ -147,7 +139,7 @@ def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watc
     scores: list[Floats] = []
     cost, computed, reused, before = Cost(), 0, 0, 0
     for one in settings:
-        asked = one.asked["search"][: rolled.questions]
+        asked = one.asked["search"][: config.rollouts.questions]
 
         def told(done: int, of: int, stored: bool, name: str = one.name) -> None:
             if watch is not None:
@@ -173,6 +165,19 @@ def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watc
         cost,
         computed,
         reused,
+    )
+
+
+def options_of(config: SwitchingConfig) -> RolloutOptions:
+    """The section's rollouts."""
+    rolled = config.rollouts
+    return RolloutOptions(
+        rolled.traces,
+        rolled.branches,
+        rolled.completions,
+        rolled.cut[0],
+        rolled.cut[1],
+        derived(config.seed, "rollouts"),
     )
 
 

@@ -1,0 +1,198 @@
+"""The table of `switch compare`: all arms on the report split, with paired intervals over questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from objectives.bootstrap import interval, resample_weights
+from objectives.metrics import get_metric
+from search.cells import RESAMPLES, Cell, cell_around
+from search.materials import Split
+from search.switching.arms import RANDOM, Arms, Written
+
+ORACLE, IN_TURN = "best candidate per question", "candidates in turn"
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm on one split.
+
+    Attributes:
+        accuracy: of one answer, the mean over samples. voted: of the answer that most agree on.
+        ece: of the agreement's shares, 15 bins; lower is better. None where there are no answers.
+        any: share of questions that one of the s answers gets right: what a perfect judge of s answers would reach.
+        against: paired differences in accuracy of one answer, this minus that arm.
+        tokens: of all models, as a multiple of one model's that writes as much.
+    """
+
+    label: str
+    accuracy: Cell
+    voted: Cell | None
+    ece: Cell | None
+    any: Cell | None
+    against: Mapping[str, Cell]
+    tokens: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All arms; `best` is the best candidate alone, found on the search split."""
+
+    split: Split
+    questions: int
+    samples: int
+    best: str
+    lines: tuple[Line, ...]
+
+    def line(self, label: str) -> Line:
+        """The line of an arm."""
+        return next(one for one in self.lines if one.label == label)
+
+    def text(self) -> str:
+        """A table for people."""
+        header = ["", "one answer", "voted", "ECE", f"any of {self.samples}", f"minus {self.best}", "tokens"]
+        rows = [header]
+        for one in self.lines:
+            difference = one.against.get(self.best)
+            rows.append(
+                [
+                    one.label,
+                    _interval(one.accuracy),
+                    _plain(one.voted),
+                    _plain(one.ece),
+                    _plain(one.any),
+                    "" if difference is None else _interval(difference, sign="+"),
+                    "" if one.tokens is None else f"{one.tokens:.2f}x",
+                ]
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+    @property
+    def caption(self) -> str:
+        return (
+            f"{self.questions} {self.split} questions, {self.samples} answers each; in brackets 95 % bootstrap "
+            "intervals over questions, paired for differences. voted, ECE: of the answer that most agree on. any: one of them is "
+            "right. tokens: read and written, of a single model's that writes as much."
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON."""
+        return {
+            "split": self.split,
+            "questions": self.questions,
+            "samples": self.samples,
+            "best": self.best,
+            "arms": [
+                {
+                    "label": one.label,
+                    "accuracy": one.accuracy.to_json(),
+                    **{
+                        name: cell.to_json()
+                        for name, cell in (("voted", one.voted), ("ece", one.ece), ("any", one.any))
+                        if cell is not None
+                    },
+                    "against": {name: cell.to_json() for name, cell in one.against.items()},
+                    "tokens": one.tokens,
+                    "seconds": one.seconds,
+                }
+                for one in self.lines
+            ],
+        }
+
+
+def stand(arms: Arms, split: Split, labels: Sequence[str] | None = None) -> Standing:
+    """Scores arms on a split.
+
+    Args:
+        labels: some of `arms.labels`, all without it; candidates and random switching are always there.
+    """
+    wanted = [*arms.names, RANDOM]
+    wanted += [one for one in (arms.labels if labels is None else labels) if one not in wanted]
+    found = {label: arms.written(label, split) for label in wanted}
+    first = found[wanted[0]]
+    n, samples = first.right.shape
+    weights = resample_weights(n, RESAMPLES, strata=first.evaluation.outcomes.task)
+    means: dict[str, Floats] = {label: _per_question(one.right) for label, one in found.items()}
+    lines = [_line(label, found[label], means, arms.best, weights) for label in wanted]
+    pooled = arms.in_turn(split)
+    pooled_mean, pooled_any = _per_question(pooled), (pooled >= 1.0).any(axis=1).astype(np.float64)
+    lines += [
+        Line(
+            IN_TURN,
+            _mean(pooled_mean, weights),
+            None,
+            None,
+            _mean(pooled_any, weights),
+            _against(pooled_mean, means, arms.best, weights),
+            None,
+            None,
+        ),
+        Line(
+            ORACLE,
+            _mean(arms.oracle(split), weights),
+            None,
+            None,
+            None,
+            _against(arms.oracle(split), means, arms.best, weights),
+            None,
+            None,
+        ),
+    ]
+    return Standing(split, n, samples, arms.best, tuple(lines))
+
+
+def _line(label: str, one: Written, means: Mapping[str, Floats], best: str, weights: Floats) -> Line:
+    cells = {}
+    for name in ("accuracy", "ece"):
+        metric = get_metric(name)
+        value = metric.value(one.evaluation.outcomes)
+        cells[name] = cell_around(value, metric.interval(value, metric(one.evaluation.outcomes, weights)))
+    return Line(
+        label,
+        _mean(means[label], weights),
+        cells["accuracy"],
+        cells["ece"],
+        _mean((one.right >= 1.0).any(axis=1).astype(np.float64), weights),
+        _against(means[label], means, best, weights, label),
+        one.tokens / one.single,
+        one.seconds,
+    )
+
+
+def _against(
+    values: Floats, means: Mapping[str, Floats], best: str, weights: Floats, label: str = ""
+) -> dict[str, Cell]:
+    """Differences to the best candidate and to random switching."""
+    return {other: _mean(values - means[other], weights) for other in (best, RANDOM) if other != label}
+
+
+def _per_question(right: Floats) -> Floats:
+    return np.asarray(right.mean(axis=1))
+
+
+def _mean(values: Floats, weights: Floats) -> Cell:
+    drawn = weights @ values / weights.sum(axis=1)
+    low, high = interval(drawn)
+    return Cell(float(values.mean()), low, high)
+
+
+def _plain(cell: Cell | None) -> str:
+    return "" if cell is None else f"{cell.value:.3f}"
+
+
+def _interval(cell: Cell, sign: str = "") -> str:
+    return f"{cell.value:{sign}.3f} [{cell.low:{sign}.3f}, {cell.high:{sign}.3f}]"
