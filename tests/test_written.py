@@ -354,6 +354,23 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_drawn(model: A
         Evaluator(model, pico_tokenizer(), [*questions[:2], long], tasks)
 
 
+def test_a_chat_template_is_put_around_the_prompt(model: Any) -> None:
+    tokenizer = pico_tokenizer(chat_template=CHAT_TEMPLATE)
+    contexts = [f"Question: {i}\nAnswer:" for i in range(4)]
+    one = [WrittenQuestion(str(i), 0, context, tuple(ALL[::2])) for i, context in enumerate(contexts)]
+    chat = Evaluator(model, tokenizer, one, [task(generate=DRAWN, chat_template=True)]).evaluate()
+    rendered = [
+        tokenizer.apply_chat_template([{"role": "user", "content": context}], tokenize=False)
+        for context in contexts
+    ]
+    by_hand = [replace(q, context=text) for q, text in zip(one, rendered, strict=True)]
+    plain = Evaluator(model, tokenizer, by_hand, [task(generate=DRAWN)]).evaluate()
+    np.testing.assert_array_equal(chat.loglikelihood, plain.loglikelihood)
+    assert chat.scored_tokens == plain.scored_tokens
+    bare = Evaluator(model, tokenizer, one, [task(generate=DRAWN)]).evaluate()
+    assert not np.array_equal(chat.loglikelihood, bare.loglikelihood)
+
+
 def test_exact_match_is_that_of_lm_eval() -> None:
     metrics = pytest.importorskip("lm_eval.api.metrics")
     truths = ["Eiffel Tower", "42", "U.S.A.", "don't know"]
