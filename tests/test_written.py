@@ -26,7 +26,8 @@ from tests.pico import CHAT_TEMPLATE, pico_model, pico_tokenizer
 from tests.pico_study import write_open_questions, write_questions
 
 SPLIT = SplitConfig()
-DRAWN = {"samples": 5, "max_new_tokens": 3, "temperature": 0.1, "until": ["\n"]}
+UNTIL = ["\n", "P"]  # a letter, too, since a line break alone changes no key
+DRAWN = {"samples": 5, "max_new_tokens": 3, "temperature": 0.1, "until": UNTIL}
 ALL = "bcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -280,9 +281,10 @@ def test_both_kinds_are_answered_in_the_order_of_the_list(model: Any) -> None:
         asked = [q for q in questions if q.task == number]
         drawn = tasks[number].generation
         decoding = Decoding(drawn.samples, drawn.temperature, drawn.top_p, drawn.max_new_tokens, drawn.seed)
-        sampler = AnswerSampler(model, pico_tokenizer(), [q.context for q in asked], decoding, until=("\n",))
+        sampler = AnswerSampler(model, pico_tokenizer(), [q.context for q in asked], decoding, until=UNTIL)
         written = sampler.generate()
         tokens += written.prompt_tokens + written.generated_tokens
+        assert number == 2 or sampler.texts(written) != written.texts(pico_tokenizer())  # something is cut
         rule = get_rule(drawn.match)
         for i, (question, answers) in enumerate(zip(asked, sampler.texts(written), strict=True)):
             place = number + 3 * i
@@ -420,6 +422,19 @@ def test_temperature_scaling_fits_shares_and_options_apart() -> None:
     applied = found.apply(both)
     assert applied.predicted.tolist() == both.predicted.tolist()
     assert get_metric("nll").value(applied) <= get_metric("nll").value(fit("vanilla", both).apply(both))
+
+
+def test_unanimous_answers_become_as_sure_as_they_are_right() -> None:
+    """All 8 samples agree, 7 of 10 times on the right answer: 1 / (1 + (1 / 16) ^ (1 / T)) = 0.7 for some T."""
+    tasks = [task(generate={"samples": 8})]
+    asked = [WrittenQuestion(str(i), 0, "?", ("a thing",) if i < 7 else ("other",)) for i in range(10)]
+    found = evaluate_texts(asked, [["thing"] * 8] * 10, tasks, tokens=0, digest="")
+    scores = OptionLogits.from_evaluation(found, samples=[8])
+    fitted = fit("temperature", scores)
+    assert fitted.written == pytest.approx(np.log(16) / np.log(7 / 3), rel=1e-6)
+    np.testing.assert_allclose(fitted.apply(scores).confidence, 0.7, rtol=1e-6)
+    assert get_metric("ece").value(fitted.apply(scores)) == pytest.approx(0.0, abs=1e-6)
+    assert get_metric("ece").value(found.outcomes) == pytest.approx(0.3)
 
 
 def test_no_temperature_leaves_shares_as_they_are_and_no_option_tells_who_is_right() -> None:
