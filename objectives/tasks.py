@@ -205,7 +205,9 @@ def _accepted(answer: Any, name: str) -> tuple[str, ...]:
     """Right written answers, each once, in the order of the row."""
     found = []
     for one in answer if isinstance(answer, list | tuple) else [answer]:
-        if isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one):
+        if isinstance(one, int) and not isinstance(one, bool):
+            found.append(str(one))
+        elif isinstance(one, float) and math.isfinite(one):
             found.append(format(Decimal(str(one)), "f"))  # without an exponent
         elif isinstance(one, str):
             found.append(text({name: one}, name).strip())

@@ -59,6 +59,7 @@ def test_rows_become_prompts_with_accepted_answers(tmp_path: Path) -> None:
         {"question": "Which?", "answer": ["red", "crimson", "red"]},
         {"question": "2 + 2?", "answer": 4},
         {"question": "1e-7?", "answer": [1e-7, 0.5]},
+        {"question": "10^400?", "answer": 10**400},
     )
     found = {q.context: q.accepted for q in every(loaded(task(path)))}
     assert found == {
@@ -66,6 +67,7 @@ def test_rows_become_prompts_with_accepted_answers(tmp_path: Path) -> None:
         "Question: Which?\nAnswer:": ("red", "crimson"),
         "Question: 2 + 2?\nAnswer:": ("4",),
         "Question: 1e-7?\nAnswer:": ("0.0000001", "0.5"),
+        "Question: 10^400?\nAnswer:": (str(10**400),),
     }
     renamed = rows(tmp_path / "r.jsonl", *({"q": f"{i}?", "a": i} for i in range(4)))
     found = loaded(task(renamed, fields={"question": "q", "answer": "a"}))
@@ -98,6 +100,7 @@ def test_questions_with_choices_accept_the_right_ones_text(tmp_path: Path) -> No
     [
         (None, "exact", "field 'answer' holds None, wanted a text, a number, or a list of them"),
         (True, "exact", "field 'answer' holds True"),
+        (float("nan"), "number", "field 'answer' holds nan"),
         ([], "exact", "field 'answer' is an empty list"),
         ("  ", "exact", "field 'answer' is empty"),
         ([["a"]], "exact", r"field 'answer' holds \['a'\]"),
