@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from search.errors import ConfigError
-from search.interrupt import interruptible
-from search.options import GIVEN, Device, Set, Study
+from search.interrupt import Interrupted, interruptible
+from search.options import GIVEN, Device, Set, SplitName, Study
 
 switch = typer.Typer(
     name="switch",
@@ -67,6 +68,35 @@ def train(
 
 
 @switch.command()
+def compare(
+    study: Study,
+    switcher: Annotated[
+        Path, typer.Option("--switcher", metavar="DIR", help="A folder that switch train made of this study.")
+    ],
+    split: Annotated[SplitName, typer.Option(help="Which questions.")] = SplitName.report,
+    arm: Annotated[
+        list[str],
+        typer.Option(
+            help="Beside candidates and random switching: switch, untrained switcher, router, refine, logit average, "
+            "contrastive, greedy soup, dare-ties; repeatable.  [default: all]"
+        ),
+    ] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    overrides: Set = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """The switcher beside single checkpoints, chance, routing, ensembles and merges, on the same questions."""
+    from search.config import load_study_file
+
+    config = load_study_file(study, overrides)
+    from search.switching.command import compare_arms
+
+    with interruptible():
+        found = compare_arms(config, switcher, split.value, arm, device)
+    print(json.dumps(found.to_json(), indent=2) if as_json else f"{found.text()}\n\n{found.caption}")
+
+
+@switch.command()
 def generate(
     folder: Folder,
     prompt: Annotated[
@@ -118,4 +148,7 @@ def serve(
     """An OpenAI-compatible API: chat and text completions, streamed or not. Needs the extra serve."""
     from search.switching.command import serve_folder
 
-    serve_folder(folder, host, port, name, moved, device)
+    try:
+        serve_folder(folder, host, port, name, moved, device)
+    except Interrupted as stop:  # how a server ends
+        raise typer.Exit(stop.exit_code) from None

@@ -1,21 +1,60 @@
-"""What `mergefront switch generate` and `serve` do."""
+"""What `mergefront switch compare`, `generate` and `serve` do."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from objectives.prompts import read_prompt_file
 from search.errors import ConfigError
 from search.switching.answering import SwitchWriter
-from search.switching.folder import open_switcher, read_switcher
+from search.switching.folder import check_same, open_switcher, read_switcher
+
+if TYPE_CHECKING:
+    from search.config import StudyConfig
+    from search.materials import Split
+    from search.switching.standing import Standing
 
 logger = logging.getLogger("mergefront")
+
+
+def compare_arms(
+    config: StudyConfig, folder: Path, split: Split, labels: Sequence[str], device: str
+) -> Standing:
+    """The table of all arms, or of some, beside a trained switcher.
+
+    Raises:
+        ConfigError: no such arm, or a study with options. IncompatibleModelsError: the switcher was trained with other
+            candidates. Others as `read_switcher`, `Materials.open`.
+    """
+    from search.materials import Materials
+    from search.switching.arms import SWITCH, Arms
+    from search.switching.candidates import Setting, open_settings
+    from search.switching.standing import stand
+    from search.switching.switcher import ClassifierSwitcher
+    from search.switching.train import switching_of
+
+    about, classifier = read_switcher(folder)
+    materials = Materials.open(config, device)
+    check_same(about, {name: facts["sha256"] for name, facts in materials.provenance().items()}, folder)
+    settings = open_settings(materials, switching_of(materials).turns)
+
+    def policy(one: Setting) -> ClassifierSwitcher:
+        return about.policy(classifier, one.relay.decoding.max_new_tokens)
+
+    arms = Arms(materials, settings, {SWITCH: policy})
+    for label in labels:
+        if label not in arms.labels:
+            near = difflib.get_close_matches(label, arms.labels, n=1)
+            hint = f"Did you mean '{near[0]}'? " if near else ""
+            raise ConfigError(f"--arm {label}: found no such arm. {hint}They are: {', '.join(arms.labels)}.")
+    return stand(arms, split, labels or None)
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:

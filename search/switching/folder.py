@@ -27,6 +27,7 @@ from search.staging import lone_folder
 from search.switching.candidates import Setting, load_candidates
 from search.switching.classifier import Classifier
 from search.switching.config import SwitchingConfig
+from search.switching.rollouts import derived
 from search.switching.switcher import ClassifierSwitcher
 from search.switching.train import Trained, switching_of
 from search.task_config import GenerateConfig
@@ -62,28 +63,31 @@ class SwitcherFile(Section):
     until: list[str]
     training: dict[str, Any]
 
+    def policy(self, classifier: Classifier, room: int, seed: int | None = None) -> ClassifierSwitcher:
+        """The switcher at work on responses of at most `room` tokens.
+
+        Args:
+            seed: of a `draw`; None takes the one that it was trained with.
+        """
+        given, names = self.switching, list(self.candidates)
+        chosen = derived(given.seed if seed is None else seed, "choice")
+        return ClassifierSwitcher(
+            classifier, names.index(self.host), len(names), room, given.choice, given.top_p, chosen
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Opened:
     """A switcher folder with its candidates loaded.
 
     Attributes:
-        models: by name. places: of the candidates, in the same order.
+        models: by name, in the order of their indices.
     """
 
     about: SwitcherFile
     classifier: Classifier
     models: Mapping[str, Any]
     tokenizer: Any
-
-    def policy(self, room: int, seed: int = 0) -> ClassifierSwitcher:
-        """The switcher at work on responses of at most `room` tokens."""
-        names = list(self.about.candidates)
-        given = self.about.switching
-        host = names.index(self.about.host)
-        return ClassifierSwitcher(
-            self.classifier, host, len(names), room, given.choice, given.top_p, seed or given.seed
-        )
 
 
 def save_switcher(
@@ -175,14 +179,31 @@ def open_switcher(folder: Path, moved: Mapping[str, str] | None = None, device: 
     places = {name: (moved or {}).get(name, facts.where) for name, facts in about.candidates.items()}
     pre, *others = names
     parents = Parents.open(places[pre], {name: places[name] for name in others})
-    for name, facts in about.candidates.items():
-        if (found := parents.sha256_of(name)) != facts.sha256:
-            raise IncompatibleModelsError(
-                f"{places[name]}: is not the {name} that the switcher was trained with (sha256 {found[:16]}..., wanted "
-                f"{facts.sha256[:16]}...). Give it with --candidate {name}=DIR, or train again."
-            )
+    check_same(about, {name: parents.sha256_of(name) for name in names}, folder)
     models = load_candidates(parents, about.dtype, choose_device(device))
     return Opened(about, classifier, models, parents.tokenizer())
+
+
+def check_same(about: SwitcherFile, found: Mapping[str, str | None], folder: Path) -> None:
+    """Compares the candidates that a switcher was trained with to those at hand.
+
+    Args:
+        found: SHA-256 of weights and config by name.
+
+    Raises:
+        IncompatibleModelsError: one is another, or they are others.
+    """
+    names = list(about.candidates)
+    if list(found) != names:
+        raise IncompatibleModelsError(
+            f"{folder}: was trained with {', '.join(names)} (found {', '.join(found)}). Train one with these."
+        )
+    for name, facts in about.candidates.items():
+        if found[name] != facts.sha256:
+            raise IncompatibleModelsError(
+                f"{name}: is not the one that {folder} was trained with (sha256 {str(found[name])[:16]}..., wanted "
+                f"{facts.sha256[:16]}...). Give that one, or train again."
+            )
 
 
 def _card(about: SwitcherFile) -> str:

@@ -85,8 +85,8 @@ class Standing:
     def caption(self) -> str:
         return (
             f"{self.questions} {self.split} questions, {self.samples} answers each; in brackets 95 % bootstrap "
-            "intervals over questions, paired for differences. voted, ECE: of the answer that most agree on. any: one of them is "
-            "right. tokens: read and written, of a single model's that writes as much."
+            "intervals over questions, paired for differences. voted, ECE: of the answer that most agree on. any: one "
+            "of them is right. tokens: read and written, of a single model's that writes as much."
         )
 
     def to_json(self) -> dict[str, object]:
@@ -129,7 +129,7 @@ def stand(arms: Arms, split: Split, labels: Sequence[str] | None = None) -> Stan
     means: dict[str, Floats] = {label: _per_question(one.right) for label, one in found.items()}
     lines = [_line(label, found[label], means, arms.best, weights) for label in wanted]
     pooled = arms.in_turn(split)
-    pooled_mean, pooled_any = _per_question(pooled), (pooled >= 1.0).any(axis=1).astype(np.float64)
+    pooled_mean, pooled_any = _per_question(pooled), _any(pooled)
     lines += [
         Line(
             IN_TURN,
@@ -166,7 +166,7 @@ def _line(label: str, one: Written, means: Mapping[str, Floats], best: str, weig
         _mean(means[label], weights),
         cells["accuracy"],
         cells["ece"],
-        _mean((one.right >= 1.0).any(axis=1).astype(np.float64), weights),
+        _mean(_any(one.right), weights),
         _against(means[label], means, best, weights, label),
         one.tokens / one.single,
         one.seconds,
@@ -182,6 +182,10 @@ def _against(
 
 def _per_question(right: Floats) -> Floats:
     return np.asarray(right.mean(axis=1))
+
+
+def _any(right: Floats) -> Floats:
+    return np.asarray((right >= 1.0).any(axis=1), dtype=np.float64)
 
 
 def _mean(values: Floats, weights: Floats) -> Cell:
