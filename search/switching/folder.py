@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,6 @@ def save_switcher(
             "entropy": lesson.labels.entropy,
             "held_out": trained.held_out,
             "chance": trained.chance,
-            "tokens": asdict(lesson.cost),
         },
     )
     with lone_folder(out, overwrite=overwrite) as staging:
