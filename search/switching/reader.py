@@ -41,6 +41,12 @@ class Reader(Protocol):
             rows: `(r,)` distinct indices. texts: r token ids each.
         """
 
+    def rewind(self, rows: Integers, lengths: Integers) -> None:
+        """Forgets what lies behind the first `(r,)` tokens of some rows; at least one stays of what was read.
+
+        What comes next must be read before `logits` and `hidden` are asked for.
+        """
+
 
 def make_reader(model: Any, prefixes: Sequence[Tokens], width: int) -> Reader:
     """A reader of rows that start with these tokens and become at most `width` long.
@@ -80,6 +86,10 @@ class CachedReader:
         if due.size:
             unread = [texts[int(i)][self._read[rows[i]] :] for i in due]
             self._forward(rows[due], unread)
+
+    def rewind(self, rows: Integers, lengths: Integers) -> None:
+        """See `Reader.rewind`. Columns behind what was read are seen by nobody, and written over."""
+        self._read[rows] = np.minimum(self._read[rows], lengths)
 
     def _begin(self, rows: Integers) -> None:
         """Reads the prefixes of rows that are new, each once, for all rows that start with it."""
@@ -142,6 +152,9 @@ class PlainReader:
             self.logits = _put(self.logits, index, logits, self._rows)
             self.hidden = _put(self.hidden, index, hidden, self._rows)
             self.fed += len(text)
+
+    def rewind(self, rows: Integers, lengths: Integers) -> None:
+        """See `Reader.rewind`; there is nothing to forget."""
 
 
 def _last(model: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
