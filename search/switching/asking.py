@@ -155,7 +155,7 @@ def digit_logits(model: Any, asking: Asking, texts: Sequence[Tokens]) -> Tensor:
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a model keeps for itself may be trained with later
 def asked_logits(
     model: Any, asking: Asking, texts: Sequence[Tokens], batch_rows: int = 64
 ) -> npt.NDArray[np.float64]:
