@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,9 @@ def adapted(model: Any, options: LoraOptions) -> Iterator[tuple[list[nn.Paramete
     )
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        wrapped = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is outdated
+            wrapped = get_peft_model(model, config)
 
         def collect() -> tuple[dict[str, Any], dict[str, Tensor]]:
             found = get_peft_model_state_dict(wrapped)

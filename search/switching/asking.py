@@ -214,10 +214,9 @@ class _Asker:
     """The switcher at one batch: marked text is read once, the question again at every border."""
 
     def __init__(self, switcher: AskedSwitcher, responses: Sequence[Response]) -> None:
-        self._switcher, asking = switcher, switcher.asking
-        starts = [response.start for response in responses]
-        self._texts = [asking.marked(one.prompt, one.tokens, one.authors) for one in starts]
-        width = max((asking.longest(one, switcher.room) for one in starts), default=0)
+        self._switcher = switcher
+        self._texts = [response.start.prompt for response in responses]
+        width = max((switcher.asking.longest(one.start, switcher.room) for one in responses), default=0)
         self._reader = make_reader(switcher.model, self._texts, width)
 
     @property

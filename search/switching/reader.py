@@ -42,7 +42,7 @@ class Reader(Protocol):
         """
 
     def rewind(self, rows: Integers, lengths: Integers) -> None:
-        """Forgets what lies behind the first `(r,)` tokens of some rows; at least one stays of what was read.
+        """Forgets what lies behind the first `(r,)` tokens of some rows; what all of them start with stays.
 
         What comes next must be read before `logits` and `hidden` are asked for.
         """
