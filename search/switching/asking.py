@@ -53,7 +53,10 @@ class Asking:
 
     @classmethod
     def of(cls, tokenizer: Any, candidates: int, segment: int) -> Asking:
-        """Raises ConfigError: the tokenizer has no token of its own for the number of each candidate."""
+        """Raises ConfigError: fewer than two candidates, or the tokenizer has no token of its own for each number."""
+
+        if candidates < 2:
+            raise ConfigError(f"switching: found {candidates} candidates (wanted 2 or more).")
 
         def encoded(text: str) -> Tokens:
             return tuple(int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -226,11 +229,7 @@ class _Asker:
     def choose(self, border: Border) -> Integers:
         switcher, responses = self._switcher, [border.responses[row] for row in border.rows]
         texts = [switcher.asking.asked(response) for response in responses]
-        # The last token is always read again, so that the logits are those behind it.
-        known = [
-            min(common(self._texts[row], text), len(text) - 1)
-            for row, text in zip(border.rows, texts, strict=True)
-        ]
+        known = [common(self._texts[row], text) for row, text in zip(border.rows, texts, strict=True)]
         self._reader.rewind(border.rows, np.array(known, dtype=np.int64))
         self._reader.read(border.rows, texts)
         for row, text in zip(border.rows, texts, strict=True):
