@@ -447,7 +447,9 @@ def test_training_is_what_is_published(asking: Asking) -> None:
     options = LoraOptions(
         rank=3, alpha=5, dropout=0.0, rate=4e-3, warmup=0.3, epochs=3, batch=7, held=0.2, seed=3
     )
-    lora = train_lora(loud(), asking, starts, labels, groups, options)
+    model = loud()
+    model.name_or_path = "/somebodys/folder"
+    lora = train_lora(model, asking, starts, labels, groups, options)
     assert (lora.config["r"], lora.config["lora_alpha"], lora.config["lora_dropout"]) == (3, 5, 0.0)
     assert lora.config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert lora.config["base_model_name_or_path"] is None
@@ -486,10 +488,20 @@ def test_training_is_what_is_published(asking: Asking) -> None:
 
 
 def test_dropout_is_on_in_training(asking: Asking) -> None:
-    with_, without = (
-        train_lora(loud(), asking, *toy(16), LoraOptions(rank=4, dropout=share, rate=1e-2, batch=8, epochs=2))
-        for share in (0.5, 0.0)
-    )
+    def trained(share: float) -> Lora:
+        model, modes = loud(), []
+        options = LoraOptions(rank=4, dropout=share, rate=1e-2, batch=4, epochs=2, held=0.25)
+        lora = train_lora(
+            model,
+            asking,
+            *toy(16),
+            options,
+            watch=lambda done, of, epoch: modes.append((model.training, epoch)),
+        )
+        assert [training for training, epoch in modes if epoch is None] == [True] * 4, "in every epoch"
+        return lora
+
+    with_, without = trained(0.5), trained(0.0)
     assert abs(with_.epochs[-1].loss - without.epochs[-1].loss) > 1e-3
     assert with_.config["lora_dropout"] == 0.5
 

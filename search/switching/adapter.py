@@ -57,7 +57,8 @@ def adapted(model: Any, options: LoraOptions) -> Iterator[tuple[list[nn.Paramete
             wrapped = get_peft_model(model, config)
 
         def collect() -> tuple[dict[str, Any], dict[str, Tensor]]:
-            found = get_peft_model_state_dict(wrapped)
+            # Not "auto", which asks the hub whether the embedding has grown; no layer of it is a target.
+            found = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
             return _as_saved(config), tensors
 
