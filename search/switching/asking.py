@@ -54,7 +54,6 @@ class Asking:
     @classmethod
     def of(cls, tokenizer: Any, candidates: int, segment: int) -> Asking:
         """Raises ConfigError: fewer than two candidates, or the tokenizer has no token of its own for each number."""
-
         if candidates < 2:
             raise ConfigError(f"switching: found {candidates} candidates (wanted 2 or more).")
 
