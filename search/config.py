@@ -27,7 +27,7 @@ from search.sections import (
     SplitConfig,
 )
 from search.strict_yaml import apply_overrides, load_yaml
-from search.switching.config import RolloutConfig, SwitchingConfig, switching_fault
+from search.switching.config import LoraConfig, RolloutConfig, SwitchingConfig, switching_fault
 from search.task_config import GenerateConfig, TaskConfig, written_fault
 
 __all__ = [
@@ -378,6 +378,7 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
         "coarse": CoarseConfig,
         "switching": SwitchingConfig,
         "rollouts": RolloutConfig,
+        "lora": LoraConfig,
     }
     for index, part in enumerate(path):
         if isinstance(part, str) and not (index == 1 and path[0] == "preferences"):  # that is a name

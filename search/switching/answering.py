@@ -73,7 +73,7 @@ class SwitchWriter:
         batch = Batch(relay, [Start(prompt, 0)])
         (response,) = batch.responses
         told, drawn = 0, 0
-        for _ in batch.rounds(about.policy(self._opened.classifier, max_new_tokens, seed), seed):
+        for _ in batch.rounds(self._opened.brain.policy(relay, about.switching, seed), seed):
             over = response.finish is not None
             text = self._settled(response.tokens, ends, over)
             author = next((one for one in reversed(response.authors) if one != INSERTED), None)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,7 @@ from objectives.written import evaluate_texts
 from search.errors import ConfigError
 from search.materials import Materials, Split
 from search.switching.batch import Policy, Start
+from search.switching.brains import AskedBrain
 from search.switching.candidates import Setting
 from search.switching.ensemble import contrastive, logit_average
 from search.switching.policies import Always, AtRandom, ByPrompt
@@ -89,10 +91,18 @@ class Arms:
                 raise ConfigError(
                     f"tasks.{number}: has options; who takes turns writes answers. Give it format: generation."
                 )
-        self._materials, self._settings, self._switchers = materials, settings, dict(switchers)
+        self._materials, self._settings = materials, settings
         self.names = settings[0].relay.names
         self._models = dict(zip(self.names, settings[0].relay.models, strict=True))
         self._config = switching_of(materials)
+        host = self._config.host or self.names[-1]
+        self._host = self.names.index(host)
+        self._switchers = dict(switchers)
+        with suppress(ConfigError):  # a tokenizer without digits cannot be asked
+            untrained = AskedBrain(self._models[host], materials.parents.sha256_of(host))
+            for one in settings:
+                untrained.policy(one.relay, self._config)
+            self._switchers[UNTRAINED] = lambda one: untrained.policy(one.relay, self._config)
         self._known: dict[tuple[str, Split], Written] = {}
 
     @property
@@ -222,9 +232,8 @@ class Arms:
 
     def _features(self, one: Setting, split: Split, limit: int | None) -> Floats:
         """What the switcher's host has of the questions before anybody wrote."""
-        host = self.names.index(self._config.host or self.names[-1])
         starts = [Start(asked.prompt, 0) for asked in one.asked[split][:limit]]
-        return features_of(one.relay, starts, host)
+        return features_of(one.relay, starts, self._host)
 
     def _judged(self, drafts: Sequence[tuple[Texts, int, int]], split: Split, seconds: float) -> Written:
         questions = written(self._materials.questions.of(split))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from objectives.prompts import read_prompt_file
 from search.errors import ConfigError
 from search.switching.answering import SwitchWriter
-from search.switching.folder import check_same, open_switcher, read_switcher
+from search.switching.folder import check_same, open_switcher, read_brain, read_switcher
 
 if TYPE_CHECKING:
     from search.config import StudyConfig
@@ -35,20 +35,20 @@ def compare_arms(
     """
     from search.materials import Materials
     from search.switching.arms import SWITCH, Arms
-    from search.switching.candidates import Setting, open_settings
+    from search.switching.candidates import open_settings
     from search.switching.standing import stand
-    from search.switching.switcher import ClassifierSwitcher
     from search.switching.train import switching_of
 
-    about, classifier = read_switcher(folder)
+    about = read_switcher(folder)
     materials = Materials.open(config, device)
     check_same(about, {name: facts["sha256"] for name, facts in materials.provenance().items()}, folder)
-    settings = open_settings(materials, switching_of(materials).turns)
-
-    def policy(one: Setting) -> ClassifierSwitcher:
-        return about.policy(classifier, one.relay.decoding.max_new_tokens)
-
-    arms = Arms(materials, settings, {SWITCH: policy})
+    switching = switching_of(materials)
+    brain = read_brain(folder, about, materials.parents, materials.device)
+    arms = Arms(
+        materials,
+        open_settings(materials, switching.turns),
+        {SWITCH: lambda one: brain.policy(one.relay, switching)},
+    )
     for label in labels:
         if label not in arms.labels:
             near = difflib.get_close_matches(label, arms.labels, n=1)
@@ -85,7 +85,7 @@ def generate_answers(
     Raises:
         ConfigError: a number out of its range, or a prompt that does not fit. Others as `open_switcher`.
     """
-    about, _ = read_switcher(folder)
+    about = read_switcher(folder)
     default = about.generate
     drawn = {name: getattr(default, name) if value is None else value for name, value in given.items()}
     writer = SwitchWriter(open_switcher(folder, places(moved), device), about.study)

@@ -1,4 +1,4 @@
-"""A trained switcher as a folder: `switcher.json`, the classifier, a card and a manifest; whole or absent.
+"""A trained switcher as a folder: `switcher.json`, what was learned, a card and a manifest; whole or absent.
 
 The candidates are not copied: the folder names them, and their digests are compared when it is opened.
 """
@@ -13,9 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from objectives.evidence_file import read_evidence, write_evidence
 from search import __version__
-from search.errors import ConfigError, EvaluationError, ExportError, IncompatibleModelsError
+from search.errors import ConfigError, ExportError, IncompatibleModelsError
 from search.manifest import read_manifest, write_manifest
 from search.materials import Materials
 from search.merging.checkpoint import read_json
@@ -24,16 +23,13 @@ from search.merging.parents import Parents
 from search.model_card import cell_text, licences_said, render
 from search.sections import Section
 from search.staging import lone_folder
+from search.switching.brains import ADAPTER, AskedBrain, Brain, ClassifierBrain
 from search.switching.candidates import Setting, load_candidates
-from search.switching.classifier import Classifier
 from search.switching.config import SwitchingConfig
-from search.switching.rollouts import derived
-from search.switching.switcher import ClassifierSwitcher
 from search.switching.train import Trained, switching_of
 from search.task_config import GenerateConfig
 
 SWITCHER = "switcher.json"
-WEIGHTS = "classifier.safetensors"
 FORMAT = "mergefront-switcher-1"
 KIND = "switcher"  # in the manifest
 
@@ -63,18 +59,6 @@ class SwitcherFile(Section):
     until: list[str]
     training: dict[str, Any]
 
-    def policy(self, classifier: Classifier, room: int, seed: int | None = None) -> ClassifierSwitcher:
-        """The switcher at work on responses of at most `room` tokens.
-
-        Args:
-            seed: of a `draw`; None takes the one that it was trained with.
-        """
-        given, names = self.switching, list(self.candidates)
-        chosen = derived(given.seed if seed is None else seed, "choice")
-        return ClassifierSwitcher(
-            classifier, names.index(self.host), len(names), room, given.choice, given.top_p, chosen
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Opened:
@@ -85,7 +69,7 @@ class Opened:
     """
 
     about: SwitcherFile
-    classifier: Classifier
+    brain: Brain
     models: Mapping[str, Any]
     tokenizer: Any
 
@@ -117,22 +101,19 @@ def save_switcher(
             "labels": lesson.counts,
             "entropy": lesson.labels.entropy,
             "held_out": trained.held_out,
-            "chance": trained.chance,
         },
     )
     with lone_folder(out, overwrite=overwrite) as staging:
         text = json.dumps(about.model_dump(mode="json"), indent=2, ensure_ascii=False)
         (staging / SWITCHER).write_text(text + "\n", encoding="utf-8")
-        write_evidence(
-            staging / WEIGHTS, trained.classifier.arrays(), {"format": FORMAT, "about": about.study}
-        )
+        trained.brain.save(staging)
         (staging / "README.md").write_text(_card(about), encoding="utf-8")
         write_manifest(staging, {"mergefront": __version__, "kind": KIND, "study": about.study})
     return out
 
 
-def read_switcher(folder: Path) -> tuple[SwitcherFile, Classifier]:
-    """What a switcher's folder says, compared with its manifest; no candidate is opened.
+def read_switcher(folder: Path) -> SwitcherFile:
+    """What a switcher's folder says, compared with its manifest; nothing else is opened.
 
     Raises:
         ExportError: no such folder, a changed file, or one that does not say what it must.
@@ -141,21 +122,28 @@ def read_switcher(folder: Path) -> tuple[SwitcherFile, Classifier]:
         raise ExportError(f"{folder}: holds no switcher. Give a folder that mergefront switch train made.")
     try:
         about = SwitcherFile.model_validate(read_json(folder / SWITCHER))
-        arrays, _ = read_evidence(folder / WEIGHTS, FORMAT)
-        classifier = Classifier.from_arrays(arrays)
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(map(str, detail["loc"]))
         raise ExportError(f"{folder / SWITCHER}: {shown(key)}: {detail['msg']}. Train it again.") from error
-    except EvaluationError as error:
-        raise ExportError(f"{folder}: {error} Train it again.") from error
-    if (
-        about.format != FORMAT
-        or about.host not in about.candidates
-        or len(classifier.bias) != len(about.candidates)
-    ):
-        raise ExportError(f"{folder / SWITCHER}: does not fit the classifier beside it. Train it again.")
-    return about, classifier
+    if about.format != FORMAT or about.host not in about.candidates:
+        raise ExportError(f"{folder / SWITCHER}: is of another format, or names no host. Train it again.")
+    return about
+
+
+def read_brain(folder: Path, about: SwitcherFile, parents: Parents, device: str) -> Brain:
+    """What was learned; `parents` are the candidates.
+
+    Raises:
+        ExportError, CheckpointError: it is broken, or does not fit them.
+    """
+    if about.switching.switcher == "lora":
+        base = dict(zip(parents.labels, parents.everybody, strict=True))[about.host]
+        return AskedBrain.load(folder / ADAPTER, base, about.dtype, device)
+    brain = ClassifierBrain.load(folder, about.host)
+    if len(brain.classifier.bias) != len(about.candidates):
+        raise ExportError(f"{folder}: its classifier does not know as many candidates. Train it again.")
+    return brain
 
 
 def open_switcher(folder: Path, moved: Mapping[str, str] | None = None, device: str = "auto") -> Opened:
@@ -170,7 +158,7 @@ def open_switcher(folder: Path, moved: Mapping[str, str] | None = None, device: 
     """
     from search.merging.placement import choose_device
 
-    about, classifier = read_switcher(folder)
+    about = read_switcher(folder)
     names = list(about.candidates)
     for name in moved or ():
         if name not in names:
@@ -179,8 +167,9 @@ def open_switcher(folder: Path, moved: Mapping[str, str] | None = None, device: 
     pre, *others = names
     parents = Parents.open(places[pre], {name: places[name] for name in others})
     check_same(about, {name: parents.sha256_of(name) for name in names}, folder)
-    models = load_candidates(parents, about.dtype, choose_device(device))
-    return Opened(about, classifier, models, parents.tokenizer())
+    where = choose_device(device)
+    models = load_candidates(parents, about.dtype, where)
+    return Opened(about, read_brain(folder, about, parents, where), models, parents.tokenizer())
 
 
 def check_same(about: SwitcherFile, found: Mapping[str, str | None], folder: Path) -> None:

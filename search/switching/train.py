@@ -9,22 +9,27 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from objectives.matching import get_rule
 from search.errors import ConfigError
 from search.materials import Materials
 from search.piece_store import PieceStore
+from search.switching.asking import Asking
 from search.switching.batch import Cost, Start
+from search.switching.brains import AskedBrain, Brain, ClassifierBrain
 from search.switching.candidates import Setting
-from search.switching.classifier import PENALTIES, Classifier, fit_classifier, penalty_losses
+from search.switching.classifier import PENALTIES, fit_classifier, penalty_losses
 from search.switching.config import SwitchingConfig
 from search.switching.labels import Labels, label
+from search.switching.lora import Watch as LoraWatch
+from search.switching.lora import train_lora
 from search.switching.rollouts import RolloutOptions, derived, roll
-from search.switching.switcher import ClassifierSwitcher, features_of
+from search.switching.switcher import features_of
 
 logger = logging.getLogger("mergefront")
 
@@ -70,27 +75,24 @@ class Trained:
     """A switcher with where it came from.
 
     Attributes:
-        classifier: of `features`. host: the candidate whose hidden states it reads.
-        held_out: log loss on questions that were not fitted, in nats, lower is better; `chance` is that of always
-            giving the labels' own frequencies.
+        host: the candidate whose hidden states it reads, or that it was made of.
+        held_out: log loss on questions that were not fitted, in nats, lower is better; None if none were held out.
+            `entropy` of the labels is that of always giving their own shares.
     """
 
     lesson: Lesson
-    classifier: Classifier
+    brain: Brain
     host: str
-    held_out: float
-    chance: float
-
-    def policy(self, config: SwitchingConfig, room: int) -> ClassifierSwitcher:
-        """The switcher at work on responses of at most `room` tokens."""
-        names = self.lesson.candidates
-        seed = derived(config.seed, "choice")
-        return ClassifierSwitcher(
-            self.classifier, names.index(self.host), len(names), room, config.choice, config.top_p, seed
-        )
+    held_out: float | None
 
 
-def train(materials: Materials, settings: list[Setting], work: Path, watch: Watch | None = None) -> Trained:
+def train(
+    materials: Materials,
+    settings: list[Setting],
+    work: Path,
+    watch: Watch | None = None,
+    watch_lora: LoraWatch | None = None,
+) -> Trained:
     """Rolls out, labels and fits on the search split alone.
 
     Args:
@@ -101,8 +103,7 @@ def train(materials: Materials, settings: list[Setting], work: Path, watch: Watc
     """
     config = switching_of(materials)
     lesson = learn(materials, settings, work, watch)
-    names = lesson.candidates
-    host = config.host or names[-1]
+    host = config.host or lesson.candidates[-1]
     kept = lesson.labels.kept
     if len(np.unique(lesson.question[kept])) < FOLDS or len(np.unique(lesson.labels.label[kept])) < 2:
         found = ", ".join(f"{name} {n}" for name, n in lesson.counts.items())
@@ -110,6 +111,9 @@ def train(materials: Materials, settings: list[Setting], work: Path, watch: Watc
             f"switching: {int(kept.sum())} of {len(kept)} rollouts have a best candidate ({found}): nothing to learn "
             f"(wanted {FOLDS} questions or more, and two candidates). Give more rollouts, or lower switching.margin."
         )
+    if config.switcher == "lora":
+        return _train_lora(materials, settings, lesson, host, watch_lora)
+    names = lesson.candidates
     seen = np.concatenate(
         [
             features_of(
@@ -122,9 +126,27 @@ def train(materials: Materials, settings: list[Setting], work: Path, watch: Watc
     )
     x, y, groups = seen[kept], lesson.labels.label[kept], lesson.question[kept]
     losses = penalty_losses(x, y, len(names), groups=groups, folds=FOLDS)
-    best = min(zip(losses, PENALTIES, strict=True), key=lambda pair: (pair[0], -pair[1]))[1]
-    classifier = fit_classifier(x, y, len(names), penalties=(best,))
-    return Trained(lesson, classifier, host, min(losses), lesson.labels.entropy)
+    loss, penalty = min(zip(losses, PENALTIES, strict=True), key=lambda pair: (pair[0], -pair[1]))
+    classifier = fit_classifier(x, y, len(names), penalties=(penalty,))
+    return Trained(lesson, ClassifierBrain(classifier, host), host, loss)
+
+
+def _train_lora(
+    materials: Materials, settings: list[Setting], lesson: Lesson, host: str, watch: LoraWatch | None
+) -> Trained:
+    relay, kept = settings[0].relay, np.flatnonzero(lesson.labels.kept)
+    lora = train_lora(
+        relay.models[relay.names.index(host)],
+        Asking.of(relay.tokenizer, len(relay.names), relay.turns.segment),
+        [lesson.starts[row] for row in kept],
+        lesson.labels.label[kept],
+        lesson.question[kept],
+        switching_of(materials).lora_options,
+        watch=watch,
+    )
+    base = dict(zip(materials.parents.labels, materials.parents.everybody, strict=True))[host]
+    brain = AskedBrain.trained(lora, base, materials.config.merge.dtype, materials.device)
+    return Trained(lesson, brain, host, lora.epochs[-1].held_loss)
 
 
 def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watch | None = None) -> Lesson:
@@ -140,6 +162,8 @@ def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watc
     cost, computed, reused, before = Cost(), 0, 0, 0
     for one in settings:
         asked = one.asked["search"][: config.rollouts.questions]
+        if config.rollouts.score != "match":
+            asked = tuple(replace(question, rule=get_rule(config.rollouts.score)) for question in asked)
 
         def told(done: int, of: int, stored: bool, name: str = one.name) -> None:
             if watch is not None:
@@ -194,6 +218,7 @@ def summary(trained: Trained) -> list[str]:
     """Lines for people: what was tried, what it says, what was learned."""
     lesson, labels = trained.lesson, trained.lesson.labels
     n = len(lesson.candidates)
+    held = "unknown" if trained.held_out is None else f"{trained.held_out:.3f}"
     shares = ", ".join(f"{name} {count}" for name, count in lesson.counts.items())
     means = ", ".join(
         f"{name} {value:.3f}"
@@ -205,6 +230,6 @@ def summary(trained: Trained) -> list[str]:
         f"scores      if this one writes next: {means}",
         f"labels      {int(labels.kept.sum())} of {len(labels.kept)} are clear: {shares}; entropy {labels.entropy:.3f} "
         f"of {math.log(n):.3f} nats",
-        f"switcher    classifier on {trained.host}: held-out log loss {trained.held_out:.3f} nats, of always the same "
-        f"shares {trained.chance:.3f}",
+        f"switcher    {trained.brain.kind} on {trained.host}: log loss on questions held out {held}, of always the "
+        f"same shares {labels.entropy:.3f} nats",
     ]
