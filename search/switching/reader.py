@@ -59,6 +59,14 @@ def make_reader(model: Any, prefixes: Sequence[Tokens], width: int) -> Reader:
         return PlainReader(model, prefixes, width)
 
 
+def row_bytes(model: Any, width: int) -> int:
+    """What the keys and values of a row of `width` tokens take."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * dim * width * model.dtype.itemsize)
+
+
 class CachedReader:
     """Keeps keys and values; see `Reader`.
 

@@ -22,10 +22,11 @@ from objectives.generation import PADDING, Decoding, Generations
 from objectives.stopping import Stopping
 from search.errors import ConfigError
 from search.switching.batch import INSERTED, Batch, Cost, Policy, Response, Start
-from search.switching.reader import Tokens
+from search.switching.reader import Tokens, row_bytes
 from search.switching.turns import Turns
 
-BATCH_ROWS = 64
+ROWS = 512  # responses at work at once, at most
+MEMORY = 2**28  # bytes of keys and values of a candidate, at most if a few rows fit
 
 Progress = Callable[[int, int], None]
 
@@ -54,6 +55,7 @@ class Relay:
         turns: how long a segment is, and who must write the first and the last.
         stopping: what ends a response.
         decoding: `temperature`, `top_p` and `max_new_tokens`: tokens of a response, inserted ones included.
+        batch_rows: responses at work at once; None takes what `MEMORY` holds. Another number changes last bits.
 
     Raises:
         ConfigError: fewer than two candidates, or turns that name none of them or leave no room.
@@ -67,11 +69,11 @@ class Relay:
         stopping: Stopping,
         decoding: Decoding,
         *,
-        batch_rows: int = BATCH_ROWS,
+        batch_rows: int | None = None,
     ) -> None:
         self.names, self.models = tuple(candidates), [model.eval() for model in candidates.values()]
         self.tokenizer, self.turns, self.stopping, self.decoding = tokenizer, turns, stopping, decoding
-        self.batch_rows = batch_rows
+        self._rows = batch_rows
         turns.check(self.names, decoding.max_new_tokens)
         self.closing, self.wait = (
             tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
@@ -142,7 +144,7 @@ class Relay:
             whole: so many neighbours are kept in one batch.
         """
         self._check_room(starts)
-        size = max(1, self.batch_rows // whole) * whole
+        size = max(1, self.batch_rows(starts) // whole) * whole
         found: list[Response] = []
         cost = Cost()
         for first in range(0, len(starts), size):
@@ -155,6 +157,14 @@ class Relay:
             if progress is not None:
                 progress(len(found), len(starts))
         return found, cost
+
+    def batch_rows(self, starts: Sequence[Start]) -> int:
+        """How many of these to take at once."""
+        if self._rows is not None:
+            return self._rows
+        width = max((len(start.prompt) for start in starts), default=1) + self.decoding.max_new_tokens
+        most = max(row_bytes(model, width) for model in self.models)
+        return max(8, min(ROWS, MEMORY // most))
 
     def _check_room(self, starts: Sequence[Start]) -> None:
         for start in starts:

@@ -98,8 +98,9 @@ def features_of(relay: Relay, starts: Sequence[Start], host: int) -> Floats:
     if relay.models[host].get_output_embeddings() is None:
         raise ConfigError(f"switching.host: {relay.names[host]} has no output head. Name another candidate.")
     found = []
-    for first in range(0, len(starts), relay.batch_rows):
-        batch = Batch(relay, starts[first : first + relay.batch_rows])
+    size = relay.batch_rows(starts)
+    for first in range(0, len(starts), size):
+        batch = Batch(relay, starts[first : first + size])
         hidden = batch.read(host, np.arange(len(batch.responses))).double().cpu().numpy()
         found.append(features(hidden, batch.responses, len(relay.names), relay.decoding.max_new_tokens))
     return np.concatenate(found)
