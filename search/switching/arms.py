@@ -140,7 +140,7 @@ class Arms:
                 right[name].append(scored(texts, [question.accepted for question in asked], rules))
         seen = np.concatenate([self._features(one, "search", limit) for one in self._settings])
         merged = {name: np.concatenate(found) for name, found in right.items()}
-        return train_router(merged, seen, margin=self._config.margin)
+        return train_router(merged, seen, margin=self._config.margin, settle=self._config.ties != "drop")
 
     @cached_property
     def soup(self) -> Soup:

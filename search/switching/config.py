@@ -59,7 +59,9 @@ class SwitchingConfig(Section):
     `segment` counts tokens; `first`, `last`, `closing` and `wait` are the rules of `search.switching.turns.Turns`.
     `switcher`: a `classifier` on the hidden state of the `host`, or a `lora` on it that is asked in text. The host is
     the last parent without it. `choice`: the `best` candidate, or a `draw` from the nucleus of `top_p`. `margin`: by
-    which a candidate must score better than all others for a rollout to be learned from.
+    which a candidate must score better than all others for a rollout to be learned from. `ties`: `drop` learns from no
+    other rollouts; `stay` has who wrote last go on if it is among the best by this margin, else the best on average,
+    and drops a rollout only if all are: so less is thrown away and fewer tokens change hands.
     """
 
     segment: int = Field(default=25, ge=1, le=8192)
@@ -72,6 +74,7 @@ class SwitchingConfig(Section):
     choice: Literal["best", "draw"] = "best"
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     margin: float = Field(default=0.1, ge=0.0, lt=1.0)
+    ties: Literal["drop", "stay"] = "drop"
     rollouts: RolloutConfig = RolloutConfig()
     lora: LoraConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -22,8 +22,8 @@ class Labels:
     """What m rows of scores say.
 
     Attributes:
-        kept: `(m,)` whether the row has a label: its best candidate is ahead by the margin.
-        label: `(m,)` int64 index of the best candidate; -1 where the row is not kept.
+        kept: `(m,)` whether the row has a label.
+        label: `(m,)` int64 index of the candidate that should write; -1 where the row is not kept.
         margin: `(m,)` float64, best score minus the second best, 0 or more.
         entropy: in nats, of how often each candidate is a label: 0 if it is always the same one or there is none, at
             most log n. Near 0 there is nothing to learn but the most frequent label.
@@ -35,15 +35,20 @@ class Labels:
     entropy: float
 
 
-def label(scores: npt.ArrayLike, margin: float = 0.0) -> Labels:
+def label(scores: npt.ArrayLike, margin: float = 0.0, preference: npt.ArrayLike | None = None) -> Labels:
     """The best of n candidates in each row, where it is ahead of the second best.
 
     A row is kept if its best score is above the second best and at least `margin` above it, both up to rounding (1e-9).
     Means of k random completions differ by luck alone: of scores of 0 or 1 the standard error of a difference is up to
     0.71 / sqrt(k).
 
+    With a `preference`, candidates that are behind the best one by less than the margin count as equal to it, and the
+    label is the preferred one of them; a row is dropped only if all are equal. So a row teaches who must not write even
+    where two write equally well.
+
     Args:
         scores: `(m, n)` finite numbers, higher is better; n at least 2. margin: 0 or more.
+        preference: `(m, n)` numbers, higher is preferred; of equal ones the first.
 
     Raises:
         ConfigError: fewer than two candidates, or a margin that is negative or not finite.
@@ -65,8 +70,14 @@ def label(scores: npt.ArrayLike, margin: float = 0.0) -> Labels:
         raise EvaluationError(f"labels: row {int(broken.argmax())} has a score that is not finite.")
     ordered = np.sort(found, axis=1)
     ahead = ordered[:, -1] - ordered[:, -2]
-    kept = (ahead > _ROUNDING) & (ahead >= margin - _ROUNDING)
-    best = np.where(kept, found.argmax(axis=1), -1)
+    behind = ordered[:, -1:] - found
+    equal = (behind <= _ROUNDING) | (behind < margin - _ROUNDING)
+    if preference is None:
+        kept, chosen = equal.sum(axis=1) == 1, found.argmax(axis=1)
+    else:
+        kept = ~equal.all(axis=1)
+        chosen = np.where(equal, np.asarray(preference, dtype=np.float64), -np.inf).argmax(axis=1)
+    best = np.where(kept, chosen, -1)
     share = np.bincount(best[kept], minlength=found.shape[1]) / max(int(kept.sum()), 1)
     known = share[share > 0.0]
     return Labels(kept, best, ahead, float(-(known * np.log(known)).sum()) + 0.0)

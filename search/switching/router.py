@@ -48,6 +48,7 @@ def train_router(
     features: npt.ArrayLike,
     *,
     margin: float = 0.0,
+    settle: bool = False,
     folds: int = 5,
     seed: int = 0,
 ) -> Router:
@@ -58,6 +59,7 @@ def train_router(
             mean of a row counts.
         features: `(n, d)` of the same questions, as from `question_features`.
         margin: by which the best candidate must be ahead for the question to be learned from; ties never are.
+        settle: learns from ties, too, unless all are equal: the candidate of the best mean goes first among the best.
         folds, seed: as in `fit_classifier`; each question is a group of its own.
 
     Raises:
@@ -79,7 +81,8 @@ def train_router(
         means.append(found.mean(axis=1))
     if len(means) < 2:
         raise ConfigError(f"router: {len(means)} candidates to choose from (wanted 2 or more).")
-    labels = label(np.column_stack(means), margin)
+    scores = np.column_stack(means)
+    labels = label(scores, margin, np.tile(scores.mean(axis=0), (len(scores), 1)) if settle else None)
     kept = labels.kept
     classifier = fit_classifier(
         np.asarray(features)[kept], labels.label[kept], len(means), folds=folds, seed=seed

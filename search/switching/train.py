@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -185,7 +185,7 @@ def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watc
         np.concatenate(question),
         tuple(starts),
         every,
-        label(every, config.margin),
+        label(every, config.margin, preference(config, every, starts)),
         cost,
         computed,
         reused,
@@ -203,6 +203,18 @@ def options_of(config: SwitchingConfig) -> RolloutOptions:
         rolled.cut[1],
         derived(config.seed, "rollouts"),
     )
+
+
+def preference(config: SwitchingConfig, scores: Floats, starts: Sequence[Start]) -> Floats | None:
+    """`(m, n)` for `label`: who wrote last above all, then by mean score; None if ties are dropped."""
+    if config.ties == "drop":
+        return None
+    found = np.tile(scores.mean(axis=0), (len(scores), 1))
+    for row, start in enumerate(starts):
+        author = next((one for one in reversed(start.authors) if one >= 0), None)
+        if author is not None:
+            found[row, author] += 1.0  # scores are at most 1
+    return found
 
 
 def switching_of(materials: Materials) -> SwitchingConfig:
