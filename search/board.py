@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from objectives.bootstrap import interval
 from objectives.diversity import DIVERSITY_NAMES, DiversityMetric, get_sampled_metric
 from objectives.metrics import Metric, find_metric, get_metric
+from objectives.outcomes import Outcomes
 from search.alternatives import Alternative, Scores, base_label
 from search.baselines import PARENTS, UNCHOSEN, parent_count
+from search.board_arms import SWITCH, Arm, cells_to_json, stored_arms
 from search.cells import RESAMPLES, Cell, CellComputer, Samples, cell_around
 from search.errors import ConfigError
 from search.evidence import EvidenceFolder
@@ -41,7 +43,8 @@ class Row:
 
     Attributes:
         search, report: metrics by name; `report` is empty if the trial was not scored there.
-        against: paired differences on the report split: this row minus that parent, or that alternative to `post`.
+        against: paired differences on the report split: this row minus that parent, that alternative to `post`, or
+            the trained switcher's arm.
         temperature: of an alternative, fitted on the search split; None for a trial (and for CAPE).
     """
 
@@ -66,14 +69,11 @@ class Row:
             "label": self.label,
             "front": self.front,
             "recipe": _recipe(self.method, self.coefficients),
-            "search": {name: cell.to_json() for name, cell in self.search.items()},
-            "report": {name: cell.to_json() for name, cell in self.report.items()},
+            "search": cells_to_json(self.search),
+            "report": cells_to_json(self.report),
         }
         if self.against:
-            shown["against"] = {
-                parent: {name: cell.to_json() for name, cell in cells.items()}
-                for parent, cells in self.against.items()
-            }
+            shown["against"] = {other: cells_to_json(cells) for other, cells in self.against.items()}
         if self.temperature is not None:
             shown["temperature"] = self.temperature
         return shown
@@ -96,11 +96,12 @@ class Volume:
 
 @dataclass(frozen=True)
 class Board:
-    """All complete trials by number, and what calibrators make of some of them.
+    """All complete trials by number, what calibrators make of some of them, and what stands beside merging.
 
     Attributes:
         reference: the corner of the parents' worst values on the search split.
         alternatives: rows that are no trials; never on the front, whose weights they share.
+        arms: what several checkpoints wrote together; no trials, and without recipes.
         stopped: trials that were scored in part and stopped; they have no row.
         sampled: what is measured on sampled answers: diversities, then preferences.
     """
@@ -114,6 +115,7 @@ class Board:
     alternatives: tuple[Row, ...] = ()
     stopped: int = 0
     sampled: tuple[DiversityMetric, ...] = ()
+    arms: tuple[Arm, ...] = ()
 
     @property
     def front(self) -> tuple[Row, ...]:
@@ -169,11 +171,17 @@ class Board:
             "hypervolume": {split: volume.to_json() for split, volume in self.hypervolume.items()},
             "questions": dict(self.questions),
             "stopped": self.stopped,
-            "trials": [row.to_json() for row in (*self.rows, *self.alternatives)],
+            "trials": [
+                *(row.to_json() for row in (*self.rows, *self.alternatives)),
+                *(arm.to_json() for arm in self.arms),
+            ],
         }
 
     def to_csv(self) -> str:
-        """One line a trial or alternative: scores with intervals on both splits, temperature, coefficients."""
+        """One line a trial or alternative: scores with intervals on both splits, temperature, coefficients.
+
+        Where there are arms, `tokens` stands before the coefficients, of which they have none.
+        """
         metrics = {
             split: list(dict.fromkeys(n for row in self.rows for n in row.on(split))) for split in SPLITS
         }
@@ -181,15 +189,21 @@ class Board:
         header = ["trial", "kind", "label", "front"]
         for split in SPLITS:
             header += [f"{split}.{name}{part}" for name in metrics[split] for part in ("", ".low", ".high")]
-        lines: list[list[Any]] = [[*header, "temperature", *groups]]
-        for row in (*self.rows, *self.alternatives):
-            line: list[Any] = [row.trial, row.kind, row.label, int(row.front)]
+        beside = ["temperature", *(["tokens"] if self.arms else [])]
+        lines: list[list[Any]] = [[*header, *beside, *groups]]
+        rows: list[Row | Arm] = [*self.rows, *self.alternatives, *self.arms]
+        for row in rows:
+            line: list[Any] = ["" if row.trial is None else row.trial, row.kind, row.label, int(row.front)]
             for split in SPLITS:
                 for name in metrics[split]:
                     cell = row.on(split).get(name)
                     line += ["", "", ""] if cell is None else [cell.value, cell.low, cell.high]
-            temperature = "" if row.temperature is None else row.temperature
-            lines.append([*line, temperature, *(row.coefficients[group] for group in groups)])
+            line.append("" if row.temperature is None else row.temperature)
+            if isinstance(row, Arm):
+                line += [row.tokens, *[""] * len(groups)]
+            else:
+                line += [*([""] if self.arms else []), *(row.coefficients[group] for group in groups)]
+            lines.append(line)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
@@ -244,16 +258,34 @@ def read_board(store: StudyStore) -> Board:
                 sampled = computer.sampled(split, scores.diversity(one.trial, split, one.method))
                 cells[split], samples[split][one.label] = found[0] | sampled[0], found[1] | sampled[1]
         alternatives.append(_alternative(one, next(r for r in rows if r.trial == one.trial), cells))
+    arms = []
+    for arm in stored_arms(attributes):
+        cells = {"search": {}, "report": {}}
+        for split, digest in arm.evidence.items():
+            read = partial(_outcomes, evidence, digest)
+            cells[split], samples[split][arm.label] = computer.cells(split, digest, read, beside)
+        tokens = arm.tokens.get("report", arm.tokens.get("search", 1.0))
+        arms.append(Arm(arm.label, cells["search"], cells["report"], tokens))
     reference = _reference(objectives, parents)
-    # What a merge has to beat: both parents, and what a temperature alone makes of `post`.
-    rivals = [row for row in rows if row.kind in PARENTS]
-    rivals += [row for row in alternatives if row.trial in {p.number for p in parents if p.kind == "post"}]
+    # What a merge has to beat: both parents, what a temperature alone makes of `post`, and taking turns.
+    both = [row for row in rows if row.kind in PARENTS]
+    rivals: list[Row | Arm] = [
+        *both,
+        *(row for row in alternatives if row.trial in {p.number for p in parents if p.kind == "post"}),
+        *(arm for arm in arms if arm.label == SWITCH),
+    ]
+    seen = samples["report"]
     return Board(
         study=store.name,
         objectives=objectives,
         reference=reference,
         hypervolume={split: _volume(rows, samples[split], split, objectives, reference) for split in SPLITS},
-        rows=tuple(_with_differences(row, samples["report"], rivals) for row in rows),
+        rows=tuple(
+            replace(row, against=_differences(row, seen, rivals))
+            if row.kind not in PARENTS and (row.front or row.kind == "uniform")
+            else row
+            for row in rows
+        ),
         questions=attributes["facts"]["questions"],
         alternatives=tuple(alternatives),
         stopped=sum(record.state == "stopped" for record in records),
@@ -262,7 +294,12 @@ def read_board(store: StudyStore) -> Board:
             for name in (*DIVERSITY_NAMES, *preferences)
             if any(name in row.search for row in rows)
         ),
+        arms=tuple(replace(arm, against=_differences(arm, seen, both)) for arm in arms),
     )
+
+
+def _outcomes(evidence: EvidenceFolder, digest: str) -> Outcomes:
+    return evidence.load(digest).outcomes
 
 
 def _row(record: TrialRecord, on_front: bool, cells: Mapping[Split, Mapping[str, Cell]]) -> Row:
@@ -341,14 +378,13 @@ def _volume(
     return Volume(point[0], point[1], cell_around(gain, interval(drawn[0] - drawn[1], value=gain)))
 
 
-def _with_differences(row: Row, samples: Mapping[str, Samples], rivals: Sequence[Row]) -> Row:
-    """The row with its paired differences to the rivals, if it is on the front or the uniform line."""
-    own = row.label in (rival.label for rival in rivals)
-    if own or row.label not in samples or not (row.front or row.kind == "uniform"):
-        return row
+def _differences(
+    row: Row | Arm, samples: Mapping[str, Samples], rivals: Sequence[Row | Arm]
+) -> dict[str, dict[str, Cell]]:
+    """Paired differences of a row to the rivals; none where it was not scored on the report split."""
     found: dict[str, dict[str, Cell]] = {}
     for rival in rivals:
-        if rival.label not in samples:
+        if row.label not in samples or rival.label not in samples:
             continue
         found[rival.label] = {}
         for name, drawn in samples[row.label].items():
@@ -357,4 +393,4 @@ def _with_differences(row: Row, samples: Mapping[str, Samples], rivals: Sequence
             value = row.report[name].value - rival.report[name].value
             differences = drawn - samples[rival.label][name]
             found[rival.label][name] = cell_around(value, interval(differences, value=value))
-    return replace(row, against=found)
+    return found
