@@ -38,6 +38,11 @@ def pick(board: Board, selection: str) -> Row:
     if selection.startswith("best-"):
         objective = _objective(selection, names)
         return _chosen(board, lambda points: best(points, objective, maximise=board.maximize))
+    if selection in (arm.label for arm in board.arms):
+        raise ConfigError(
+            f"--select {selection}: is no trial and has no recipe: several checkpoints write its answers. Choose knee, "
+            "best-accuracy, trial:N, ..., or let them write: mergefront switch generate."
+        )
     raise ConfigError(
         f"--select {selection}: wanted knee, best-accuracy, best-calibration, trial:N or prefer:{names[0]}=0.7,..."
     )

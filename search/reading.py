@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from search.board import Board, Row
+from search.board_arms import SWITCH, Arm
 from search.materials import Split
 from search.picks import named_picks
 
@@ -38,7 +39,7 @@ def read(board: Board, failed: int = 0, split: Split | None = None) -> list[Rema
         )
         remarks.insert(0, Remark(text, "bad"))
     elif split == "report":
-        remarks += [_parents(board), *_temperature(board), *_shrinkage(board)]
+        remarks += [_parents(board), *_temperature(board), *_turns(board), *_shrinkage(board)]
     remarks += [*_neighbours(board, split), *_beside(board)]
     if board.stopped:
         were = "trial was" if board.stopped == 1 else "trials were"
@@ -59,7 +60,7 @@ def report_is_scored(board: Board) -> bool:
     return all(row.report for row in (*board.front, *board.uniform_line()))
 
 
-def beats(row: Row, board: Board, parent: str, name: str) -> bool:
+def beats(row: Row | Arm, board: Board, parent: str, name: str) -> bool:
     """Whether the row is better than that parent in that objective with its whole paired interval (report)."""
     cell = row.against.get(parent, {}).get(name)
     return cell is not None and (cell.low > 0 if dict(board.objectives)[name] else cell.high < 0)
@@ -138,6 +139,29 @@ def _temperature(board: Board) -> list[Remark]:
             f"intervals: {'. '.join(said)}."
         )
     ]
+
+
+def _turns(board: Board) -> list[Remark]:
+    """How merges stand to a trained switcher, whose answers cost more tokens."""
+    arm = next((arm for arm in board.arms if arm.label == SWITCH and arm.report), None)
+    searched = [row for row in board.front if row.kind == "search" and row.report]
+    if arm is None:
+        return []
+    names = [name for name, _ in board.objectives if name in arm.report]
+    scores = ", ".join(f"{name} {arm.report[name].value:.3f}" for name in names)
+    text = (
+        f"Checkpoints that take turns (switch), at {arm.tokens:.2f} times the tokens of one, have {scores}."
+    )
+    if searched:
+        wins = ", ".join(
+            f"{sum(beats(row, board, SWITCH, name) for row in searched)} in {name}" for name in names
+        )
+        every = sum(all(beats(row, board, SWITCH, name) for name in names) for row in searched)
+        text += (
+            f" Of {len(searched)} search trials on the front that many beat them beyond the paired 95 % intervals: "
+            f"{wins}, {every} in all."
+        )
+    return [Remark(text)]
 
 
 def _shrinkage(board: Board) -> list[Remark]:

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from search.alternatives import Scores
 from search.board import Board, Row, read_board
+from search.board_arms import stored_arms
 from search.calibration_table import CalibrationTable, calibration_table
 from search.config import StudyConfig
 from search.database import shown, sqlite_path
@@ -97,6 +98,11 @@ def reliability_panels(store: StudyStore, board: Board) -> tuple[list[Panel], Sp
         for one in scores.alternatives()
         if scores.has(one, split)
     ]
+    panels += [
+        Panel(arm.label, evidence.load(arm.evidence[split]).outcomes)
+        for arm in stored_arms(attributes)
+        if split in arm.evidence
+    ]
     return panels, split
 
 
@@ -138,7 +144,12 @@ def _page(
         remarks=read(board, failed),
         picks=[(board.row(trial), names) for trial, names in notes.items()],
         notes=notes,
-        rows=[*board.front, *(row for row in board.uniform_line() if not row.front), *board.alternatives],
+        rows=[
+            *board.front,
+            *(row for row in board.uniform_line() if not row.front),
+            *board.alternatives,
+            *board.arms,
+        ],
         beside=[name for name in (*BESIDE, *board.preferences) if name not in dict(board.objectives)],
         rising=["auroc", *board.preferences],
         wins=lambda row, name: all(beats(row, board, parent.label, name) for parent in board.parents),

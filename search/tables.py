@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from search.board import Board, Row
+from search.board_arms import Arm
 from search.cells import Cell
 from search.errors import ConfigError
 from search.materials import Split
@@ -26,14 +27,15 @@ def front_table(board: Board, split: str | None = None) -> str:
         )
     metrics = _metrics(board, shown)
     notes = _notes(board)
-    rows = [*board.front, *(row for row in board.uniform_line() if not row.front), *board.alternatives]
+    rows: list[Row | Arm] = [*board.front, *(row for row in board.uniform_line() if not row.front)]
+    rows += [*board.alternatives, *board.arms]
     header = ["trial", "", *(f"{name} {ARROWS[up]}" if up is not None else name for name, up in metrics), ""]
     body = [
         [
-            str(row.trial),
+            "" if row.trial is None else str(row.trial),
             _label(row),
             *(_cell(row.on(shown).get(name), interval=up is not None) for name, up in metrics),
-            _temperature(row) if row.kind == "alternative" else notes.get(row.trial, ""),
+            _note(row, notes),
         ]
         for row in rows
     ]
@@ -44,6 +46,8 @@ def front_table(board: Board, split: str | None = None) -> str:
         "",
         f"* on the front ({len(board.front)} of {len(board.rows)} trials), chosen on the search split",
     ]
+    if board.arms:
+        lines.append("no trial: written by several checkpoints (switch compare); tokens of a single model's")
     return "\n".join([*lines, *(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in said)])
 
 
@@ -54,13 +58,17 @@ def _metrics(board: Board, split: Split) -> list[tuple[str, bool | None]]:
     return [*board.objectives, *((name, None) for name in extra if name not in known)]
 
 
-def _label(row: Row) -> str:
+def _label(row: Row | Arm) -> str:
     label = "" if row.kind == "search" else row.label
     return f"{label} *".strip() if row.front else label
 
 
-def _temperature(row: Row) -> str:
-    return "" if row.temperature is None else f"temperature {row.temperature:.3g}"
+def _note(row: Row | Arm, notes: dict[int, str]) -> str:
+    if isinstance(row, Arm):
+        return f"{row.tokens:.2f}x tokens"
+    if row.kind == "alternative":
+        return "" if row.temperature is None else f"temperature {row.temperature:.3g}"
+    return notes.get(row.trial, "")
 
 
 def _notes(board: Board) -> dict[int, str]:

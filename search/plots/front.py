@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -14,11 +14,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from search.board import SPLITS, Board, Row
+from search.board_arms import SWITCH, Arm
 from search.front import non_dominated
 from search.materials import Split
 from search.picks import named_picks
 from search.plots.single import draw_one_objective
 from search.plots.style import (
+    ARM,
     COLUMN,
     FAINT,
     FRONT,
@@ -53,7 +55,8 @@ def front_figure(board: Board, splits: Sequence[Split], setting: str = "") -> Fi
     Dominated trials are grey, the front is green with its attainment staircase, parents and uniform line are
     diamonds, a star marks the knee, bars are 95 % intervals. With two objectives the areas up to the
     reference point are filled: what the uniform line dominates in grey, what the front adds in green. With one
-    objective the x axis is the trial's number.
+    objective the x axis is the trial's number. What several checkpoints write together is a numbered ball, filled for
+    the trained switcher; the caption has the names.
 
     Args:
         setting: how the trials were proposed, for the caption, such as `optuna tpe, seed 0`.
@@ -63,7 +66,7 @@ def front_figure(board: Board, splits: Sequence[Split], setting: str = "") -> Fi
     rows, width = len(drawings), COLUMN * len(splits)
     text = _caption(board, splits, setting)
     columns = 6 if len(splits) > 1 else 3
-    handles = _legend(len(board.objectives), calibrated=bool(board.alternatives))
+    handles = _legend(len(board.objectives), calibrated=bool(board.alternatives), arms=len(board.arms))
     below = caption_height(text, width) + 0.06 + 0.14 * -(-len(handles) // columns)
     height = _PANEL_HEIGHT * rows + below + 0.08
     figure = canvas(width, height, below)
@@ -146,6 +149,7 @@ class _Panel:
         self._uniform_line(line)
         tempered = [row for row in self.board.alternatives if {*self.names} <= row.on(self.split).keys()]
         self.axes.plot(*self._points(tempered).T, "^", color="white", ms=4.4, mec=POST, mew=0.9, zorder=7)
+        self._arms()
         for row in front:
             if row.kind not in PARENTS:
                 self._bars(row, FRONT, alpha=0.4)
@@ -155,7 +159,27 @@ class _Panel:
         if knee.on(self.split):
             self.axes.plot(*self._points([knee]).T, "*", color=KNEE, ms=9.5, mec=INK, mew=0.6, zorder=9)
 
-    def _points(self, rows: Sequence[Row]) -> Floats:
+    def _arms(self) -> None:
+        for number, arm in enumerate(self.board.arms, start=1):
+            if not {*self.names} <= arm.on(self.split).keys():
+                continue
+            (point,) = self._points([arm])
+            own, text = (ARM, "white") if arm.label == SWITCH else ("white", ARM)
+            depth = 8 - number / 100  # the first lies on top
+            self.axes.plot(*point, "o", color=own, ms=6.2, mec=ARM, mew=0.7, zorder=depth)
+            self.axes.annotate(
+                str(number),
+                point,
+                ha="center",
+                va="center_baseline",
+                color=text,
+                fontsize=4.8,
+                fontweight="bold",
+                zorder=depth + 0.001,
+                annotation_clip=True,
+            )
+
+    def _points(self, rows: Sequence[Row | Arm]) -> Floats:
         values = [[row.on(self.split)[name].value for name in self.names] for row in rows]
         return np.array(values, dtype=np.float64).reshape(-1, 2)
 
@@ -230,8 +254,8 @@ class _Panel:
 def _limits(board: Board, name: str) -> tuple[float, float]:
     """Limits of an objective's axis, the same on both splits so that these can be compared.
 
-    Front, baselines, their intervals and the reference are inside; dominated trials only as far as half of that
-    again on either side, so that one bad merge does not squeeze everything else.
+    Front, baselines, their intervals and the reference are inside; dominated trials and arms only as far as half of
+    that again on either side, so that one bad merge does not squeeze everything else.
     """
     cells = [(row, row.on(split)[name]) for row in board.rows for split in SPLITS if row.on(split)]
     core = [board.reference[name]]
@@ -242,7 +266,9 @@ def _limits(board: Board, name: str) -> tuple[float, float]:
     if span <= 0:
         span = max(abs(low) * 0.1, 0.02)  # identical points: a frame with the point in its middle
         low, high = low - span / 2, high + span / 2
-    near = [cell.value for _, cell in cells if low - span / 2 <= cell.value <= high + span / 2]
+    values = [cell.value for _, cell in cells]
+    values += [arm.on(split)[name].value for arm in board.arms for split in SPLITS if name in arm.on(split)]
+    near = [value for value in values if low - span / 2 <= value <= high + span / 2]
     return min([low, *near]) - 0.06 * span, max([high, *near]) + 0.06 * span
 
 
@@ -263,23 +289,25 @@ def _caption(board: Board, splits: Sequence[Split], setting: str) -> str:
         f"Hypervolume, front vs uniform line: {', '.join(volumes)}; reference {corner}. " if volumes else ""
     )
     text += "Bars: 95 % bootstrap intervals."
-    outside = _outside(board, splits) if len(board.objectives) > 1 else 0
-    return f"{text} Not shown: {outside} dominated trials outside the frame." if outside else text
+    if len(board.objectives) == 1:
+        return text
+    if board.arms:
+        named = ", ".join(f"{number} {arm.label}" for number, arm in enumerate(board.arms, start=1))
+        text += f" Balls, which are no merges but several checkpoints that write together: {named}."
+    frame = {name: _limits(board, name) for name, _ in board.objectives[:3]}
+    outside = sum(_is_outside(row, splits[0], frame) for row in board.rows)
+    missing = [f"{outside} dominated trials"] if outside else []
+    missing += [arm.label for arm in board.arms if any(_is_outside(arm, split, frame) for split in splits)]
+    return f"{text} Not shown: {', '.join(missing)} outside the frame." if missing else text
 
 
-def _outside(board: Board, splits: Sequence[Split]) -> int:
-    """How many trials lie outside the frame on one of the splits."""
-    names = [name for name, _ in board.objectives[:3]]
-    frame = {name: _limits(board, name) for name in names}
-    return sum(
-        any(not frame[name][0] <= row.on(split)[name].value <= frame[name][1] for name in names)
-        for row in board.rows
-        for split in splits[:1]
-        if row.on(split)
-    )
+def _is_outside(row: Row | Arm, split: Split, frame: Mapping[str, tuple[float, float]]) -> bool:
+    """Whether a row lies outside the frame on a split."""
+    cells = row.on(split)
+    return any(not low <= cells[name].value <= high for name, (low, high) in frame.items() if name in cells)
 
 
-def _legend(objectives: int, calibrated: bool) -> list[Line2D | Patch]:
+def _legend(objectives: int, calibrated: bool, arms: int) -> list[Line2D | Patch]:
     one = objectives == 1
     front = Line2D(
         [], [], color=FRONT, marker="o", ms=4.2, mec="white", mew=0.5, lw=0 if one else 1.3, label="front"
@@ -305,6 +333,12 @@ def _legend(objectives: int, calibrated: bool) -> list[Line2D | Patch]:
     if calibrated and objectives > 1:
         mark = Line2D([], [], color="white", marker="^", ms=4.4, mec=POST, mew=0.9, lw=0, label="calibrated")
         handles.insert(3, mark)
+    if arms and objectives > 1:
+        numbers = "1" if arms == 1 else f"1 to {arms}"
+        ball = Line2D(
+            [], [], color=ARM, marker="o", ms=6.2, mec=ARM, mew=0.7, lw=0, label=f"{numbers}: see below"
+        )
+        handles.insert(3, ball)
     if objectives == 2:
         handles.insert(3, Patch(color=_GAIN, lw=0, label="gain over it"))
         handles.append(Line2D([], [], color=QUIET, marker="+", ms=6, mew=0.9, lw=0, label="reference"))

@@ -24,6 +24,7 @@ PRE = "#0072B2"  # blue
 POST = "#D55E00"  # vermilion
 FRONT = "#009E73"  # bluish green
 KNEE = "#F0E442"  # yellow
+ARM = "#A0487B"  # reddish purple, darker: white digits stand on it
 INK = "#1A1A1A"
 QUIET = "#5F6368"  # captions, reference, grid labels: 6:1 on white
 FAINT = "#B4B8BD"  # dominated trials
