@@ -14,7 +14,16 @@ from search.alternatives import SPLITS
 from search.cells import Cell
 from search.materials import Split
 
-SWITCH = "switch"  # the arm of a trained switcher
+# What an arm is called, in the order of the board.
+SWITCH, UNTRAINED, RANDOM, ROUTER, REFINE = (
+    "switch",
+    "untrained switcher",
+    "random switching",
+    "router",
+    "refine",
+)
+AVERAGE, CONTRASTIVE, SOUP, DARE = "logit average", "contrastive", "greedy soup", "dare-ties"
+_ORDER = (SWITCH, UNTRAINED, RANDOM, ROUTER, REFINE, AVERAGE, CONTRASTIVE, SOUP, DARE)
 
 
 def arm_key(label: str, split: Split) -> str:
@@ -41,18 +50,19 @@ class StoredArm:
 
 
 def stored_arms(attributes: Mapping[str, Any]) -> Iterator[StoredArm]:
-    """The arms of a study in the order they were first stored in."""
-    labels = [key.split(":")[1] for key in attributes if key.startswith("arm:")]
-    for label in dict.fromkeys(labels):
+    """The arms of a study in the order of the board."""
+    labels = {key.split(":")[1] for key in attributes if key.startswith("arm:")}
+    known = [*(label for label in _ORDER if label in labels), *sorted(labels - {*_ORDER})]
+    for label in known:
         found: dict[Split, dict[str, Any]] = {
-            split: known for split in SPLITS if (known := attributes.get(arm_key(label, split)))
+            split: value for split in SPLITS if (value := attributes.get(arm_key(label, split)))
         }
         if found:
             one = next(iter(found.values()))
             yield StoredArm(
                 label,
-                {split: str(known["evidence"]) for split, known in found.items()},
-                {split: float(known["tokens"]) for split, known in found.items()},
+                {split: str(value["evidence"]) for split, value in found.items()},
+                {split: float(value["tokens"]) for split, value in found.items()},
                 one["switcher"],
                 str(one["setting"]),
             )

@@ -99,6 +99,17 @@ class StudyStore:
                 )
         return cls(url, storage, name, **options)
 
+    @classmethod
+    def find(cls, url: str, name: str, **options: Any) -> StudyStore | None:
+        """An existing study as `open` opens it; None if there is no such file, or no study of that name in it."""
+        path = sqlite_path(url)
+        if path is not None and not path.exists():
+            return None
+        storage = connect(url, create=False)
+        with translated(url):
+            names = optuna.get_all_study_names(storage)
+        return cls.open(url, name, **options) if name in names else None
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Holds the study for this worker alone, over processes and machines. Not re-entrant."""

@@ -10,7 +10,7 @@ import typer
 
 from search.errors import ConfigError
 from search.interrupt import Interrupted, interruptible
-from search.options import GIVEN, Device, Set, SplitName, Study
+from search.options import GIVEN, Device, Set, SplitName, Storage, Study
 
 switch = typer.Typer(
     name="switch",
@@ -82,17 +82,34 @@ def compare(
         ),
     ] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    storage: Storage = None,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Finished answers.  [default: runs/NAME/arms]")
+    ] = None,
     overrides: Set = [],  # noqa: B006
     device: Device = "auto",
 ) -> None:
-    """The switcher beside single checkpoints, chance, routing, ensembles and merges, on the same questions."""
+    """The switcher beside single checkpoints, chance, routing, ensembles and merges, on the same questions.
+
+    Of a launched study, all of these are put on its board, beside its merges: see front and report.
+    """
     from search.config import load_study_file
+    from search.naming import storage_url
 
     config = load_study_file(study, overrides)
     from search.switching.command import compare_arms
 
+    url = storage_url(storage, config.name)
     with interruptible():
-        found = compare_arms(config, switcher, split.value, arm, device)
+        found = compare_arms(
+            config,
+            switcher,
+            split.value,
+            arm,
+            device,
+            url=url,
+            work=work or Path("runs") / config.name / "arms",
+        )
     print(json.dumps(found.to_json(), indent=2) if as_json else f"{found.text()}\n\n{found.caption}")
 
 

@@ -28,12 +28,14 @@ from objectives.generation import AnswerSampler
 from objectives.metrics import get_metric
 from objectives.questions import written
 from objectives.written import evaluate_texts
+from search.board_arms import AVERAGE, CONTRASTIVE, DARE, RANDOM, REFINE, ROUTER, SOUP, UNTRAINED
 from search.errors import ConfigError
 from search.materials import Materials, Split
 from search.switching.batch import Policy, Start
 from search.switching.brains import AskedBrain
 from search.switching.candidates import Setting
 from search.switching.ensemble import contrastive, logit_average
+from search.switching.kept import Draft, Kept, Texts
 from search.switching.policies import Always, AtRandom, ByPrompt
 from search.switching.refine import refine
 from search.switching.rollouts import branch_seed, derived
@@ -43,11 +45,6 @@ from search.switching.switcher import features_of
 from search.switching.train import options_of, switching_of
 
 Floats = npt.NDArray[np.float64]
-Texts = tuple[tuple[str, ...], ...]
-
-RANDOM, ROUTER, REFINE = "random switching", "router", "refine"
-AVERAGE, CONTRASTIVE, SOUP, DARE = "logit average", "contrastive", "greedy soup", "dare-ties"
-SWITCH, UNTRAINED = "switch", "untrained switcher"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +72,7 @@ class Arms:
 
     Args:
         settings: all of the study's tasks; each is written. switchers: further arms, a policy for each setting.
+        kept: what was written before; None keeps nothing.
 
     Raises:
         ConfigError: the study has a task with options, which nobody writes answers to.
@@ -85,13 +83,14 @@ class Arms:
         materials: Materials,
         settings: Sequence[Setting],
         switchers: Mapping[str, Callable[[Setting], Policy]],
+        kept: Kept | None = None,
     ) -> None:
         for number, task in enumerate(materials.config.tasks):
             if not task.written:
                 raise ConfigError(
                     f"tasks.{number}: has options; who takes turns writes answers. Give it format: generation."
                 )
-        self._materials, self._settings = materials, settings
+        self._materials, self._settings, self._kept = materials, settings, kept
         self.names = settings[0].relay.names
         self._models = dict(zip(self.names, settings[0].relay.models, strict=True))
         self._config = switching_of(materials)
@@ -113,9 +112,7 @@ class Arms:
     def written(self, label: str, split: Split) -> Written:
         """What an arm writes to a split."""
         if (label, split) not in self._known:
-            began = time.perf_counter()
-            drafts = [self._draft(label, one, split) for one in self._settings]
-            self._known[label, split] = self._judged(drafts, split, time.perf_counter() - began)
+            self._known[label, split] = self._judged(*self._drafts(label, split), split)
         return self._known[label, split]
 
     @cached_property
@@ -152,7 +149,7 @@ class Arms:
                 return float(self.written(alone, "search").right.mean())
             self._materials.live.apply(soup_blend(self._materials.parents, weights))
             drafts = [self._alone(self._materials.live.model, one, "search") for one in self._settings]
-            return float(self._judged(drafts, "search", 0.0).right.mean())
+            return float(self._judged(drafts, 0.0, "search").right.mean())
 
         return greedy_soup(self.names, score)
 
@@ -172,8 +169,19 @@ class Arms:
         s = right.shape[2]
         return np.asarray(right[np.arange(s) % len(self.names), :, np.arange(s)].T)
 
-    def _draft(self, label: str, one: Setting, split: Split) -> tuple[Texts, int, int]:
-        """Texts, tokens, and tokens of a single model."""
+    def _drafts(self, label: str, split: Split) -> tuple[list[Draft], float]:
+        """What an arm writes to each task, and the seconds that took when it was written."""
+        if self._kept is not None and (found := self._kept.read(label, split)) is not None:
+            return found
+        began = time.perf_counter()
+        drafts = [self._draft(label, one, split) for one in self._settings]
+        seconds = time.perf_counter() - began
+        if self._kept is not None:
+            self._kept.write(label, split, drafts, seconds)
+        return drafts, seconds
+
+    def _draft(self, label: str, one: Setting, split: Split) -> Draft:
+        """What an arm writes to one task."""
         drawn, task = one.relay.decoding, one.task
         names, models = self.names, self._models
         if label in names:
@@ -206,11 +214,11 @@ class Arms:
         self._materials.live.apply(blend)
         return self._alone(self._materials.live.model, one, split)
 
-    def _relayed(self, one: Setting, split: Split, policy: Policy) -> tuple[Texts, int, int]:
+    def _relayed(self, one: Setting, split: Split, policy: Policy) -> Draft:
         found = one.relay.generate([asked.prompt for asked in one.asked[split]], policy)
         return one.relay.texts(found.answers), found.cost.total, found.cost.single
 
-    def _alone(self, model: Any, one: Setting, split: Split) -> tuple[Texts, int, int]:
+    def _alone(self, model: Any, one: Setting, split: Split) -> Draft:
         sampler = self._sampler(model, one, split, one.relay.decoding, None)
         found = sampler.generate()
         single = found.prompt_tokens + found.generated_tokens
@@ -235,7 +243,7 @@ class Arms:
         starts = [Start(asked.prompt, 0) for asked in one.asked[split][:limit]]
         return features_of(one.relay, starts, self._host)
 
-    def _judged(self, drafts: Sequence[tuple[Texts, int, int]], split: Split, seconds: float) -> Written:
+    def _judged(self, drafts: Sequence[Draft], seconds: float, split: Split) -> Written:
         questions = written(self._materials.questions.of(split))
         place = {question.key: i for i, question in enumerate(questions)}
         texts: list[tuple[str, ...]] = [()] * len(questions)

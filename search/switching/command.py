@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from objectives.prompts import read_prompt_file
+from search.alternatives import SPLITS
+from search.board_arms import SWITCH
 from search.errors import ConfigError
+from search.manifest import MANIFEST
+from search.merging.checkpoint import file_sha256
 from search.switching.answering import SwitchWriter
-from search.switching.folder import check_same, open_switcher, read_brain, read_switcher
+from search.switching.folder import SWITCHER, check_same, open_switcher, read_brain, read_switcher
 
 if TYPE_CHECKING:
     from search.config import StudyConfig
@@ -25,18 +29,31 @@ logger = logging.getLogger("mergefront")
 
 
 def compare_arms(
-    config: StudyConfig, folder: Path, split: Split, labels: Sequence[str], device: str
+    config: StudyConfig,
+    folder: Path,
+    split: Split,
+    labels: Sequence[str],
+    device: str,
+    *,
+    url: str | None = None,
+    work: Path | None = None,
 ) -> Standing:
     """The table of all arms, or of some, beside a trained switcher.
 
+    Args:
+        url: storage of the study, on whose board the arms are put if it was launched; None puts them nowhere.
+        work: folder of finished answers, which are not drawn again; None keeps none.
+
     Raises:
         ConfigError: no such arm, or a study with options. IncompatibleModelsError: the switcher was trained with other
-            candidates. Others as `read_switcher`, `Materials.open`.
+            candidates. Others as `read_switcher`, `Materials.open`, `Boarding`.
     """
     from search.materials import Materials
-    from search.switching.arms import SWITCH, Arms
+    from search.switching.arms import Arms
+    from search.switching.boarding import Boarding
     from search.switching.candidates import open_settings
-    from search.switching.standing import stand
+    from search.switching.kept import Kept
+    from search.switching.standing import stand, wanted_labels
     from search.switching.train import switching_of
 
     about = read_switcher(folder)
@@ -44,16 +61,20 @@ def compare_arms(
     check_same(about, {name: facts["sha256"] for name, facts in materials.provenance().items()}, folder)
     switching = switching_of(materials)
     brain = read_brain(folder, about, materials.parents, materials.device)
-    arms = Arms(
-        materials,
-        open_settings(materials, switching.turns),
-        {SWITCH: lambda one: brain.policy(one.relay, switching)},
-    )
+    board = None if url is None else Boarding.open(url, materials)
+    settings = open_settings(materials, switching.turns)
+    kept = None if work is None else Kept(work, materials, settings, file_sha256(folder / MANIFEST), SWITCH)
+    arms = Arms(materials, settings, {SWITCH: lambda one: brain.policy(one.relay, switching)}, kept)
     for label in labels:
         if label not in arms.labels:
             near = difflib.get_close_matches(label, arms.labels, n=1)
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise ConfigError(f"--arm {label}: found no such arm. {hint}They are: {', '.join(arms.labels)}.")
+    if board is not None:
+        for label in wanted_labels(arms, labels or None)[len(arms.names) :]:
+            own = file_sha256(folder / SWITCHER) if label == SWITCH else None
+            board.put(label, {one: arms.written(label, one) for one in SPLITS}, own)
+        board.finish()
     return stand(arms, split, labels or None)
 
 

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from objectives.bootstrap import interval, resample_weights
 from objectives.metrics import get_metric
+from search.board_arms import RANDOM
 from search.cells import RESAMPLES, Cell, cell_around
 from search.materials import Split
-from search.switching.arms import RANDOM, Arms, Written
+from search.switching.arms import Arms, Written
 
 ORACLE, IN_TURN = "best candidate per question", "candidates in turn"
 
@@ -114,14 +115,18 @@ class Standing:
         }
 
 
+def wanted_labels(arms: Arms, labels: Sequence[str] | None = None) -> list[str]:
+    """Candidates, random switching, and what else was asked for: some of `arms.labels`, all without it."""
+    return list(dict.fromkeys([*arms.names, RANDOM, *(arms.labels if labels is None else labels)]))
+
+
 def stand(arms: Arms, split: Split, labels: Sequence[str] | None = None) -> Standing:
     """Scores arms on a split.
 
     Args:
-        labels: some of `arms.labels`, all without it; candidates and random switching are always there.
+        labels: see `wanted_labels`.
     """
-    wanted = [*arms.names, RANDOM]
-    wanted += [one for one in (arms.labels if labels is None else labels) if one not in wanted]
+    wanted = wanted_labels(arms, labels)
     found = {label: arms.written(label, split) for label in wanted}
     first = found[wanted[0]]
     n, samples = first.right.shape
