@@ -101,7 +101,7 @@ class Board:
     Attributes:
         reference: the corner of the parents' worst values on the search split.
         alternatives: rows that are no trials; never on the front, whose weights they share.
-        arms: what several checkpoints wrote together; no trials, and without recipes.
+        arms: other ways to use the checkpoints together; no trials, and without recipes.
         stopped: trials that were scored in part and stopped; they have no row.
         sampled: what is measured on sampled answers: diversities, then preferences.
     """

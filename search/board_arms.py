@@ -1,6 +1,6 @@
-"""Arms on a study's board: answers that several checkpoints wrote together, on the same questions as its merges.
+"""Arms on a study's board: other ways to use its checkpoints together than merging, on the same questions.
 
-`mergefront switch compare` writes them there. An arm is no trial and has no recipe, so it is never on the front, picked
+`mergefront switch compare` puts them there. An arm is no trial and has no recipe, so it is never on the front, picked
 or exported.
 """
 

@@ -40,8 +40,8 @@ def pick(board: Board, selection: str) -> Row:
         return _chosen(board, lambda points: best(points, objective, maximise=board.maximize))
     if selection in (arm.label for arm in board.arms):
         raise ConfigError(
-            f"--select {selection}: is no trial and has no recipe: several checkpoints write its answers. Choose knee, "
-            "best-accuracy, trial:N, ..., or let them write: mergefront switch generate."
+            f"--select {selection}: is no trial and has no recipe, but is another way to use the checkpoints together "
+            "(switch compare). Choose knee, best-accuracy, best-calibration or trial:N."
         )
     raise ConfigError(
         f"--select {selection}: wanted knee, best-accuracy, best-calibration, trial:N or prefer:{names[0]}=0.7,..."

@@ -158,7 +158,7 @@ def _turns(board: Board) -> list[Remark]:
         )
         every = sum(all(beats(row, board, SWITCH, name) for name in names) for row in searched)
         text += (
-            f" Of {len(searched)} search trials on the front that many beat them beyond the paired 95 % intervals: "
+            f" Of the front's search trials ({len(searched)}) these are better beyond the paired 95 % intervals: "
             f"{wins}, {every} in all."
         )
     return [Remark(text)]

@@ -47,7 +47,7 @@ def front_table(board: Board, split: str | None = None) -> str:
         f"* on the front ({len(board.front)} of {len(board.rows)} trials), chosen on the search split",
     ]
     if board.arms:
-        lines.append("no trial: written by several checkpoints (switch compare); tokens of a single model's")
+        lines.append("no number: no merge, but another way to use the checkpoints together (switch compare)")
     return "\n".join([*lines, *(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in said)])
 
 

@@ -14,13 +14,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from search.board import SPLITS, Board, Row
-from search.board_arms import SWITCH, Arm
+from search.board_arms import Arm
 from search.front import non_dominated
 from search.materials import Split
 from search.picks import named_picks
+from search.plots.arms import arms_legend, draw_arms
 from search.plots.single import draw_one_objective
 from search.plots.style import (
-    ARM,
     COLUMN,
     FAINT,
     FRONT,
@@ -66,7 +66,7 @@ def front_figure(board: Board, splits: Sequence[Split], setting: str = "") -> Fi
     rows, width = len(drawings), COLUMN * len(splits)
     text = _caption(board, splits, setting)
     columns = 6 if len(splits) > 1 else 3
-    handles = _legend(len(board.objectives), calibrated=bool(board.alternatives), arms=len(board.arms))
+    handles = _legend(len(board.objectives), calibrated=bool(board.alternatives), arms=board.arms)
     below = caption_height(text, width) + 0.06 + 0.14 * -(-len(handles) // columns)
     height = _PANEL_HEIGHT * rows + below + 0.08
     figure = canvas(width, height, below)
@@ -126,6 +126,7 @@ class _Panel:
         self.maximise = tuple(board.maximize[j] for j in pair)
         self.reference = np.array([board.reference[name] for name in self.names])
         self.scored = [row for row in board.rows if row.on(split)]
+        self.taken: list[tuple[Floats, Floats]] = []  # by parents, their names and the knee: see draw_arms
         self.whole = len(board.objectives) == 2  # else a projection, in which areas would mislead
 
     def draw(self, *, first: bool) -> None:
@@ -149,7 +150,6 @@ class _Panel:
         self._uniform_line(line)
         tempered = [row for row in self.board.alternatives if {*self.names} <= row.on(self.split).keys()]
         self.axes.plot(*self._points(tempered).T, "^", color="white", ms=4.4, mec=POST, mew=0.9, zorder=7)
-        self._arms()
         for row in front:
             if row.kind not in PARENTS:
                 self._bars(row, FRONT, alpha=0.4)
@@ -158,26 +158,8 @@ class _Panel:
         knee = named_picks(self.board)["knee"]
         if knee.on(self.split):
             self.axes.plot(*self._points([knee]).T, "*", color=KNEE, ms=9.5, mec=INK, mew=0.6, zorder=9)
-
-    def _arms(self) -> None:
-        for number, arm in enumerate(self.board.arms, start=1):
-            if not {*self.names} <= arm.on(self.split).keys():
-                continue
-            (point,) = self._points([arm])
-            own, text = (ARM, "white") if arm.label == SWITCH else ("white", ARM)
-            depth = 8 - number / 100  # the first lies on top
-            self.axes.plot(*point, "o", color=own, ms=6.2, mec=ARM, mew=0.7, zorder=depth)
-            self.axes.annotate(
-                str(number),
-                point,
-                ha="center",
-                va="center_baseline",
-                color=text,
-                fontsize=4.8,
-                fontweight="bold",
-                zorder=depth + 0.001,
-                annotation_clip=True,
-            )
+            self.taken.append((self._points([knee])[0], np.zeros(2)))
+        draw_arms(self.axes, self.board, self.split, self.names, self.taken)
 
     def _points(self, rows: Sequence[Row | Arm]) -> Floats:
         values = [[row.on(self.split)[name].value for name in self.names] for row in rows]
@@ -224,6 +206,11 @@ class _Panel:
         """Writes a parent's name on the side that looks away from the uniform line; so many others are near."""
         right, up = (point[0] >= middle[0]) != (others % 2 == 1), point[1] >= middle[1]
         lines = 4 + 9 * (others // 2)
+        there = np.array(point)
+        self.taken.append((there, np.zeros(2)))
+        for step in range(0, 5 * len(label(name, 16)), 5):
+            across, along = (9 + step) * (1 if right else -1), (lines + 4) * (1 if up else -1)
+            self.taken.append((there, np.array([across, along])))
         self.axes.annotate(
             label(name, 16),
             point,
@@ -292,8 +279,8 @@ def _caption(board: Board, splits: Sequence[Split], setting: str) -> str:
     if len(board.objectives) == 1:
         return text
     if board.arms:
-        named = ", ".join(f"{number} {arm.label}" for number, arm in enumerate(board.arms, start=1))
-        text += f" Balls, which are no merges but several checkpoints that write together: {named}."
+        named = ", ".join(f"{arm.label} ({number})" for number, arm in enumerate(board.arms, start=1))
+        text += f" Balls, other ways to use the checkpoints together: {named}."
     frame = {name: _limits(board, name) for name, _ in board.objectives[:3]}
     outside = sum(_is_outside(row, splits[0], frame) for row in board.rows)
     missing = [f"{outside} dominated trials"] if outside else []
@@ -307,7 +294,7 @@ def _is_outside(row: Row | Arm, split: Split, frame: Mapping[str, tuple[float, f
     return any(not low <= cells[name].value <= high for name, (low, high) in frame.items() if name in cells)
 
 
-def _legend(objectives: int, calibrated: bool, arms: int) -> list[Line2D | Patch]:
+def _legend(objectives: int, calibrated: bool, arms: Sequence[Arm]) -> list[Line2D | Patch]:
     one = objectives == 1
     front = Line2D(
         [], [], color=FRONT, marker="o", ms=4.2, mec="white", mew=0.5, lw=0 if one else 1.3, label="front"
@@ -333,12 +320,8 @@ def _legend(objectives: int, calibrated: bool, arms: int) -> list[Line2D | Patch
     if calibrated and objectives > 1:
         mark = Line2D([], [], color="white", marker="^", ms=4.4, mec=POST, mew=0.9, lw=0, label="calibrated")
         handles.insert(3, mark)
-    if arms and objectives > 1:
-        numbers = "1" if arms == 1 else f"1 to {arms}"
-        ball = Line2D(
-            [], [], color=ARM, marker="o", ms=6.2, mec=ARM, mew=0.7, lw=0, label=f"{numbers}: see below"
-        )
-        handles.insert(3, ball)
+    if objectives > 1:
+        handles[3:3] = arms_legend(arms)
     if objectives == 2:
         handles.insert(3, Patch(color=_GAIN, lw=0, label="gain over it"))
         handles.append(Line2D([], [], color=QUIET, marker="+", ms=6, mew=0.9, lw=0, label="reference"))
