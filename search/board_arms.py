@@ -23,7 +23,7 @@ SWITCH, UNTRAINED, RANDOM, ROUTER, REFINE = (
     "refine",
 )
 AVERAGE, CONTRASTIVE, SOUP, DARE = "logit average", "contrastive", "greedy soup", "dare-ties"
-_ORDER = (SWITCH, UNTRAINED, RANDOM, ROUTER, REFINE, AVERAGE, CONTRASTIVE, SOUP, DARE)
+ARMS = (SWITCH, UNTRAINED, RANDOM, ROUTER, REFINE, AVERAGE, CONTRASTIVE, SOUP, DARE)
 
 
 def arm_key(label: str, split: Split) -> str:
@@ -52,7 +52,7 @@ class StoredArm:
 def stored_arms(attributes: Mapping[str, Any]) -> Iterator[StoredArm]:
     """The arms of a study in the order of the board."""
     labels = {key.split(":")[1] for key in attributes if key.startswith("arm:")}
-    known = [*(label for label in _ORDER if label in labels), *sorted(labels - {*_ORDER})]
+    known = [*(label for label in ARMS if label in labels), *sorted(labels - {*ARMS})]
     for label in known:
         found: dict[Split, dict[str, Any]] = {
             split: value for split in SPLITS if (value := attributes.get(arm_key(label, split)))

@@ -21,9 +21,10 @@ from search.piece_store import PieceStore
 from search.switching.classifier import fit_classifier
 from search.switching.labels import label
 from search.switching.policies import Always, AtRandom, ByPrompt
+from search.switching.reader import PlainReader
 from search.switching.relay import Relay
 from search.switching.rollouts import Asked, RolloutOptions, Rollouts, branch_seed, derived, roll
-from search.switching.router import question_features, scored, train_router
+from search.switching.router import scored, train_router
 from search.switching.switcher import ClassifierSwitcher, features_of
 from search.switching.turns import Turns
 from tests.pico import pico_model, pico_tokenizer
@@ -165,7 +166,9 @@ def test_a_segment_as_long_as_the_answer_is_routing(models: dict[str, Any], tmp_
     seen = features_of(relay, found.starts, host=2)
     width = seen.shape[1] - 5
     prompts = [one.prompt for one in questions]
-    np.testing.assert_allclose(seen[:, :width], question_features(models["dpo"], prompts), atol=1e-5)
+    plain = PlainReader(models["dpo"], prompts, 0)
+    plain.read(np.arange(len(prompts)), prompts)
+    np.testing.assert_allclose(seen[:, :width], plain.hidden.numpy(), atol=1e-5)
     router = train_router(alone, seen[:, :width])
     labels = label(found.scores)
     assert labels.label.tolist() == router.labels.label.tolist()

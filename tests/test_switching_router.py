@@ -6,19 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from objectives.generation import encode_prompts
 from objectives.matching import get_rule
 from search.errors import ConfigError, EvaluationError, MergefrontError
 from search.switching.labels import label
-from search.switching.reader import PlainReader
-from search.switching.router import question_features, scored, train_router
-from tests.pico import ARCHS, pico_model, pico_tokenizer
+from search.switching.router import scored, train_router
 
 LAW = settings(deadline=None, max_examples=60)
 PROMPTS = ("Who wrote it?", "n", "Tell me a long story about a fox and a hen. " * 2, "What?", "2 + 2 = ")
@@ -133,31 +129,6 @@ def test_answers_are_scored_by_the_rule_of_their_question() -> None:
     rules = [get_rule("number"), get_rule("exact")]
     found = scored([["so 4.0", "5"], ["4.0", " The cat"]], [("4",), ("cat",)], rules)
     assert found.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert scored([["red house"]], [("the red door",)], [get_rule("f1")]).tolist() == [[0.5]]
     with pytest.raises(EvaluationError, match="answers to 2 questions"):
         scored([["a"], ["a", "b"]], [("a",), ("a",)], rules)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_features_are_what_the_output_head_sees_of_the_last_token(arch: str) -> None:
-    model = pico_model(arch)
-    prompts = encode_prompts(PROMPTS, pico_tokenizer())
-    found = question_features(model, prompts)
-    assert found.dtype == np.float32
-    assert found.shape == (5, 32)
-    reader = PlainReader(model, prompts, 0)
-    reader.read(np.arange(5), prompts)
-    np.testing.assert_allclose(found, reader.hidden.numpy(), atol=2e-5)
-    for size in (1, 2):
-        np.testing.assert_allclose(question_features(model, prompts, size), found, atol=2e-5)
-
-
-def test_features_that_cannot_be_had() -> None:
-    model = pico_model()
-    with pytest.raises(ConfigError, match="0 prompts"):
-        question_features(model, [])
-    with pytest.raises(ConfigError, match="without tokens"):
-        question_features(model, [(3,), ()])
-    with torch.no_grad():
-        model.model.norm.weight[0] = torch.nan
-    with pytest.raises(EvaluationError, match="prompt 0 is not finite"):
-        question_features(model, [(3,)])

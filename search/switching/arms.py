@@ -25,10 +25,11 @@ import numpy.typing as npt
 
 from objectives.evaluator import Evaluation, questions_digest
 from objectives.generation import AnswerSampler
-from objectives.metrics import get_metric
+from objectives.matching import get_rule
 from objectives.questions import written
 from objectives.written import evaluate_texts
-from search.board_arms import AVERAGE, CONTRASTIVE, DARE, RANDOM, REFINE, ROUTER, SOUP, UNTRAINED
+from search.board_arms import ARMS, AVERAGE, CONTRASTIVE, DARE, RANDOM, REFINE, ROUTER, SOUP, UNTRAINED
+from search.config import StudyConfig
 from search.errors import ConfigError
 from search.materials import Materials, Split
 from search.switching.batch import Policy, Start
@@ -42,7 +43,7 @@ from search.switching.rollouts import branch_seed, derived
 from search.switching.router import Router, scored, train_router
 from search.switching.soup import Soup, dare_ties_blend, greedy_soup, soup_blend
 from search.switching.switcher import features_of
-from search.switching.train import options_of, switching_of
+from search.switching.train import options_of, switching_of, taught
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,14 +54,17 @@ class Written:
 
     Attributes:
         texts: s answers to each of n questions, in the order of the split.
-        right: `(n, s)` float64 scores in [0, 1], higher is better.
-        tokens: that all its models read and wrote. single: of one model that writes as much.
-        seconds: wall time.
+        score: `(n, s)` float64 in [0, 1], higher is better; graded by the rule `f1`, else 1 where an answer is right.
+        right: `(n, s)` whether an answer is right.
+        tokens: that all its models read and wrote. single: of one model that writes the same; of multi-agent refine
+            what the last candidate takes alone.
+        seconds: wall time of writing, not of what was chosen for it on the search split.
         evaluation: of the answers' agreement.
     """
 
     texts: Texts
-    right: Floats
+    score: Floats
+    right: npt.NDArray[np.bool_]
     tokens: int
     single: int
     seconds: float
@@ -75,7 +79,7 @@ class Arms:
         kept: what was written before; None keeps nothing.
 
     Raises:
-        ConfigError: the study has a task with options, which nobody writes answers to.
+        ConfigError: as `check_arms`.
     """
 
     def __init__(
@@ -85,11 +89,7 @@ class Arms:
         switchers: Mapping[str, Callable[[Setting], Policy]],
         kept: Kept | None = None,
     ) -> None:
-        for number, task in enumerate(materials.config.tasks):
-            if not task.written:
-                raise ConfigError(
-                    f"tasks.{number}: has options; who takes turns writes answers. Give it format: generation."
-                )
+        check_arms(materials.config)
         self._materials, self._settings, self._kept = materials, settings, kept
         self.names = settings[0].relay.names
         self._models = dict(zip(self.names, settings[0].relay.models, strict=True))
@@ -103,6 +103,7 @@ class Arms:
                 untrained.policy(one.relay, self._config)
             self._switchers[UNTRAINED] = lambda one: untrained.policy(one.relay, self._config)
         self._known: dict[tuple[str, Split], Written] = {}
+        self._drawn: dict[tuple[str, Split], tuple[list[Draft], float]] = {}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -118,25 +119,25 @@ class Arms:
     @cached_property
     def best(self) -> str:
         """The best candidate alone, by accuracy of an answer on the search split; of equal ones the first."""
-        return max(self.names, key=lambda name: float(self.written(name, "search").right.mean()))
+        return max(self.names, key=lambda name: float(self.written(name, "search").score.mean()))
 
     @cached_property
     def router(self) -> Router:
-        """Trained on as many answers of each candidate as a rollout has, drawn with the rollouts' numbers."""
+        """Trained as the switcher where a segment is the whole answer: as many answers, the same numbers and rules."""
         options = options_of(self._config)
         samples = options.branches * options.completions
-        right: dict[str, list[Floats]] = {name: [] for name in self.names}
+        scores: dict[str, list[Floats]] = {name: [] for name in self.names}
         for one in self._settings:
-            limit = self._config.rollouts.questions
-            asked = one.asked["search"][:limit]
+            asked = taught(one, self._config)
             drawn = replace(one.relay.decoding, samples=samples, seed=branch_seed(options))
             for name, model in self._models.items():
-                sampler = self._sampler(model, one, "search", drawn, limit)
+                sampler = self._sampler(model, one, "search", drawn, len(asked))
                 texts = sampler.texts(sampler.generate())
                 rules = [question.rule for question in asked]
-                right[name].append(scored(texts, [question.accepted for question in asked], rules))
+                scores[name].append(scored(texts, [question.accepted for question in asked], rules))
+        limit = self._config.rollouts.questions
         seen = np.concatenate([self._features(one, "search", limit) for one in self._settings])
-        merged = {name: np.concatenate(found) for name, found in right.items()}
+        merged = {name: np.concatenate(found) for name, found in scores.items()}
         return train_router(merged, seen, margin=self._config.margin, settle=self._config.ties != "drop")
 
     @cached_property
@@ -146,39 +147,61 @@ class Arms:
         def score(weights: Mapping[str, float]) -> float:
             alone = next((name for name, share in weights.items() if share == 1.0), None)
             if alone is not None:
-                return float(self.written(alone, "search").right.mean())
+                return float(self.written(alone, "search").score.mean())
             self._materials.live.apply(soup_blend(self._materials.parents, weights))
             drafts = [self._alone(self._materials.live.model, one, "search") for one in self._settings]
-            return float(self._judged(drafts, 0.0, "search").right.mean())
+            return float(self._judged(drafts, 0.0, "search").score.mean())
 
         return greedy_soup(self.names, score)
 
     def oracle(self, split: Split) -> Floats:
-        """`(n,)` accuracy if each question went to its best candidate: the ceiling of routing.
+        """`(n,)` score of an answer if each question went to the candidate whose other answers to it are best.
 
-        The best is found on every other answer and scored on those between, both ways: else luck would count.
+        A lower bound of the ceiling of routing: with all of a candidate's answers luck would count, with the others
+        alone it is sometimes not the best that is taken. Of equal ones the best on the search split.
+
+        Raises:
+            ConfigError: there is only one answer to each question.
         """
-        right = np.stack([self.written(name, split).right for name in self.names])
-        one, other = right[:, :, ::2].mean(axis=2), right[:, :, 1::2].mean(axis=2)
-        at = np.arange(right.shape[1])
-        return np.asarray((other[one.argmax(axis=0), at] + one[other.argmax(axis=0), at]) / 2)
+        score = np.stack([self.written(name, split).score for name in self.names])
+        if score.shape[2] < 2:
+            raise ConfigError(
+                "generate.samples: found 1 (wanted 2 or more, to know a question's best candidate)."
+            )
+        overall = np.array([self.written(name, "search").score.mean() for name in self.names])
+        others = (score.sum(axis=2, keepdims=True) - score) / (score.shape[2] - 1) + 1e-9 * overall[
+            :, None, None
+        ]
+        return np.asarray(np.take_along_axis(score, others.argmax(axis=0)[None], axis=0)[0].mean(axis=1))
 
-    def in_turn(self, split: Split) -> Floats:
-        """`(n, s)` scores of s answers of which every candidate gave its share, with the numbers of its own draws."""
-        right = np.stack([self.written(name, split).right for name in self.names])
-        s = right.shape[2]
-        return np.asarray(right[np.arange(s) % len(self.names), :, np.arange(s)].T)
+    def in_turn(self, split: Split) -> Written:
+        """s answers of which every candidate gave its share, with the numbers of its own draws."""
+        found = [self.written(name, split) for name in self.names]
+        s = found[0].score.shape[1]
+        whose = np.arange(s) % len(found)
+        texts = tuple(
+            tuple(found[author].texts[i][j] for j, author in enumerate(whose))
+            for i in range(len(found[0].texts))
+        )
+        tokens, single = found[0].tokens, found[0].single
+        return self._scored(texts, split, tokens, single, 0.0)
 
     def _drafts(self, label: str, split: Split) -> tuple[list[Draft], float]:
         """What an arm writes to each task, and the seconds that took when it was written."""
-        if self._kept is not None and (found := self._kept.read(label, split)) is not None:
-            return found
-        began = time.perf_counter()
-        drafts = [self._draft(label, one, split) for one in self._settings]
-        seconds = time.perf_counter() - began
-        if self._kept is not None:
-            self._kept.write(label, split, drafts, seconds)
-        return drafts, seconds
+        if (label, split) in self._drawn:
+            return self._drawn[label, split]
+        found = None if self._kept is None else self._kept.read(label, split)
+        if found is None:
+            _ = (
+                self.router if label == ROUTER else self.soup if label == SOUP else None
+            )  # not in the arm's seconds
+            began = time.perf_counter()
+            drafts = [self._draft(label, one, split) for one in self._settings]
+            found = drafts, time.perf_counter() - began
+            if self._kept is not None:
+                self._kept.write(label, split, *found)
+        self._drawn[label, split] = found
+        return found
 
     def _draft(self, label: str, one: Setting, split: Split) -> Draft:
         """What an arm writes to one task."""
@@ -193,7 +216,14 @@ class Arms:
         if label == ROUTER:
             authors = self.router.choose(self._features(one, split, None)).tolist()
             prompts = [asked.prompt for asked in one.asked[split]]
-            return self._relayed(one, split, ByPrompt(dict(zip(prompts, authors, strict=True))))
+            texts, tokens, single = self._relayed(
+                one, split, ByPrompt(dict(zip(prompts, authors, strict=True)))
+            )
+            # The host reads every question to choose, and again only where it answers.
+            read = sum(
+                len(prompt) for prompt, author in zip(prompts, authors, strict=True) if author != self._host
+            )
+            return texts, tokens + read, single
         if label == REFINE:
             found = refine(
                 models,
@@ -204,7 +234,8 @@ class Arms:
                 until=task.until,
             )
             tokens = found.prompt_tokens + found.generated_tokens
-            return found.texts, tokens, self._relayed(one, split, Always(len(names) - 1))[2]
+            alone, _ = self._drafts(names[-1], split)
+            return found.texts, tokens, alone[list(self._settings).index(one)][2]
         if label == AVERAGE:
             return self._alone(logit_average(list(models.values())), one, split)
         if label == CONTRASTIVE:
@@ -247,18 +278,41 @@ class Arms:
         questions = written(self._materials.questions.of(split))
         place = {question.key: i for i, question in enumerate(questions)}
         texts: list[tuple[str, ...]] = [()] * len(questions)
-        scores: list[list[float]] = [[]] * len(questions)
         for one, (found, _, _) in zip(self._settings, drafts, strict=True):
             for asked, answers in zip(one.asked[split], found, strict=True):
                 texts[place[asked.key]] = answers
-                scores[place[asked.key]] = [asked.rule.score(text, asked.accepted) for text in answers]
         tokens, single = sum(draft[1] for draft in drafts), sum(draft[2] for draft in drafts)
-        tasks = self._materials.config.tasks
+        return self._scored(tuple(texts), split, tokens, single, seconds)
+
+    def _scored(self, texts: Texts, split: Split, tokens: int, single: int, seconds: float) -> Written:
+        questions, tasks = written(self._materials.questions.of(split)), self._materials.config.tasks
+        score, right = [], []
+        for question, answers in zip(questions, texts, strict=True):
+            rule = get_rule(tasks[question.task].generation.match)
+            score.append([rule.score(text, question.accepted) for text in answers])
+            right.append([rule.right(rule.key(text), question.accepted) for text in answers])
         digest = questions_digest(questions, tasks)
         evaluation = evaluate_texts(questions, texts, tasks, tokens=tokens, digest=digest)
-        return Written(tuple(texts), np.array(scores), tokens, single, seconds, evaluation)
+        return Written(texts, np.array(score), np.array(right), tokens, single, seconds, evaluation)
 
 
-def voted(found: Written, metric: str) -> float:
-    """A metric of the answers that most agree on."""
-    return float(get_metric(metric).value(found.evaluation.outcomes))
+def check_arms(config: StudyConfig) -> None:
+    """Raises ConfigError where arms cannot stand beside each other.
+
+    That is where a task has options, which nobody writes answers to, where tasks have another number of answers to a
+    question, and where a candidate is called as an arm is.
+    """
+    for number, task in enumerate(config.tasks):
+        if not task.written:
+            raise ConfigError(
+                f"tasks.{number}: has options; who takes turns writes answers. Give it format: generation."
+            )
+        first, its = config.tasks[0].generation.samples, task.generation.samples
+        if its != first:
+            raise ConfigError(
+                f"tasks.{number}.generate.samples: found {its} (wanted {first} as in tasks.0: arms are compared by "
+                "answers to a question)."
+            )
+    for name in config.parents.places:
+        if name in ARMS:
+            raise ConfigError(f"parents.experts: found {name!r}, which an arm is called. Rename it.")

@@ -184,7 +184,10 @@ class Batch:
         """Tokens so far."""
         prompts = {response.start.prompt: len(response.start.prompt) for response in self.responses}
         read = switcher = 0
-        for author in self._readers:
+        for author, reader in self._readers.items():
+            if not reader.keeps:  # it reads everything again, also what it wrote
+                read += reader.fed
+                continue
             # A prefix is read once for all rows that start with it.
             used: dict[Tokens, bool] = {}
             for row, response in enumerate(self.responses):

@@ -73,6 +73,13 @@ def settings(
         if not task.written:
             continue
         drawn = task.generation
+        for key, text in (("closing", turns.closing), ("wait", turns.wait)):
+            for end in task.until:
+                if end in text:
+                    raise ConfigError(
+                        f"switching.{key}: contains {end!r}, at which answers of tasks.{number} end. Change one of "
+                        "them."
+                    )
         relay = Relay(
             models,
             tokenizer,
@@ -86,6 +93,7 @@ def settings(
             mine[split] = tuple(one for one in written(questions.of(split)) if one.task == number)
             texts = [one.context for one in mine[split]]
             prompts = encode_prompts(texts, tokenizer, chat_template=task.chat_template)
+            _check_room(number, texts, prompts, relay)
             rule = get_rule(drawn.match)
             asked[split] = tuple(
                 Asked(one.key, prompt, one.accepted, rule)
@@ -93,6 +101,16 @@ def settings(
             )
         found.append(Setting(number, questions.task_names[number], task, relay, mine, asked))
     return found
+
+
+def _check_room(number: int, texts: Sequence[str], prompts: Sequence[Sequence[int]], relay: Relay) -> None:
+    room = relay.decoding.max_new_tokens
+    for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        if len(prompt) + room > relay.context:
+            raise ConfigError(
+                f"tasks.{number}: prompt {i} ({text[:40]!r}): {len(prompt)} tokens and {room} new ones (wanted "
+                f"{relay.context} together: the candidates' context). Shorten it or lower max_new_tokens."
+            )
 
 
 def open_settings(materials: Materials, turns: Turns) -> list[Setting]:

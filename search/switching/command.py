@@ -18,7 +18,14 @@ from search.errors import ConfigError
 from search.manifest import MANIFEST
 from search.merging.checkpoint import file_sha256
 from search.switching.answering import SwitchWriter
-from search.switching.folder import SWITCHER, check_same, open_switcher, read_brain, read_switcher
+from search.switching.folder import (
+    SWITCHER,
+    check_same,
+    check_taught,
+    open_switcher,
+    read_brain,
+    read_switcher,
+)
 
 if TYPE_CHECKING:
     from search.config import StudyConfig
@@ -49,29 +56,31 @@ def compare_arms(
             candidates. Others as `read_switcher`, `Materials.open`, `Boarding`.
     """
     from search.materials import Materials
-    from search.switching.arms import Arms
+    from search.switching.arms import Arms, check_arms
     from search.switching.boarding import Boarding
     from search.switching.candidates import open_settings
     from search.switching.kept import Kept
-    from search.switching.standing import stand, wanted_labels
+    from search.switching.standing import feasible, stand
     from search.switching.train import switching_of
 
+    check_arms(config)
     about = read_switcher(folder)
     materials = Materials.open(config, device)
     check_same(about, {name: facts["sha256"] for name, facts in materials.provenance().items()}, folder)
     switching = switching_of(materials)
+    check_taught(about, materials, folder)
     brain = read_brain(folder, about, materials.parents, materials.device)
     board = None if url is None else Boarding.open(url, materials)
     settings = open_settings(materials, switching.turns)
     kept = None if work is None else Kept(work, materials, settings, file_sha256(folder / MANIFEST), SWITCH)
-    arms = Arms(materials, settings, {SWITCH: lambda one: brain.policy(one.relay, switching)}, kept)
+    arms = Arms(materials, settings, {SWITCH: lambda one: brain.policy(one.relay, about.switching)}, kept)
     for label in labels:
         if label not in arms.labels:
             near = difflib.get_close_matches(label, arms.labels, n=1)
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise ConfigError(f"--arm {label}: found no such arm. {hint}They are: {', '.join(arms.labels)}.")
     if board is not None:
-        for label in wanted_labels(arms, labels or None)[len(arms.names) :]:
+        for label in feasible(arms, SPLITS, labels or None)[len(arms.names) :]:
             own = file_sha256(folder / SWITCHER) if label == SWITCH else None
             board.put(label, {one: arms.written(label, one) for one in SPLITS}, own)
         board.finish()

@@ -121,6 +121,11 @@ def switching_fault(switching: SwitchingConfig, candidates: list[str], rooms: li
     try:
         for room in rooms:
             switching.turns.check(candidates, room)
+            if not switching.turns.leave_choice(room):
+                return (
+                    f"switching.segment: found {switching.segment} tokens, with which first and last leave no segment "
+                    f"of {room} tokens to choose an author for; shorten it"
+                )
     except ConfigError as error:
         return str(error).rstrip(".")
     return None

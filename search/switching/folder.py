@@ -194,6 +194,22 @@ def check_same(about: SwitcherFile, found: Mapping[str, str | None], folder: Pat
             )
 
 
+def check_taught(about: SwitcherFile, materials: Materials, folder: Path) -> None:
+    """Refuses a study of other questions, of which some may have taught the switcher, or with other turns.
+
+    Raises:
+        ConfigError: as above.
+    """
+    if about.training.get("questions") != materials.questions.digest:
+        raise ConfigError(
+            f"{folder}: was trained on the search split of other questions, or of another split (see tasks and split). "
+            "Train one on these: its scores on report questions would be no proof."
+        )
+    trained, given = about.switching.turns, switching_of(materials).turns
+    if trained != given:
+        raise ConfigError(f"{folder}: was trained for {trained} (found {given}). Train one for these turns.")
+
+
 def _card(about: SwitcherFile) -> str:
     """The README.md of the folder."""
     licences = [one.licence for one in about.candidates.values()]

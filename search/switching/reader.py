@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,13 @@ class Reader(Protocol):
     """What a candidate knows of a batch of rows.
 
     Attributes:
+        keeps: whether it keeps what it read.
         fed: tokens that went through the model so far.
         logits: `(rows, vocabulary)` float32 of the token after what was read; of rows without, not defined.
         hidden: `(rows, width)` float32: what the output head saw then, the last layer's state of the last token.
     """
 
+    keeps: ClassVar[bool]
     fed: int
     logits: Tensor
     hidden: Tensor
@@ -76,6 +78,8 @@ class CachedReader:
     Raises:
         Unmaskable: the model takes no masks of our own.
     """
+
+    keeps: ClassVar[bool] = True
 
     def __init__(self, model: Any, prefixes: Sequence[Tokens], width: int) -> None:
         self._model, self._masks = model, Masks(model)
@@ -142,6 +146,8 @@ class CachedReader:
 
 class PlainReader:
     """Reads everything from the start, every time: for models without plain attention, and the oracle of the other."""
+
+    keeps: ClassVar[bool] = False
 
     def __init__(self, model: Any, prefixes: Sequence[Tokens], width: int) -> None:
         self._model, self._rows = model, len(prefixes)

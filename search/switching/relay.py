@@ -37,13 +37,12 @@ class Relayed:
 
     Attributes:
         answers: as one model's. authors: `(n, s, t)` int8: candidate of every token; -1 for inserted text and padding.
-        cost: in tokens. segments: written.
+        cost: in tokens.
     """
 
     answers: Generations
     authors: npt.NDArray[np.int8]
     cost: Cost
-    segments: int
 
 
 class Relay:
@@ -104,7 +103,7 @@ class Relay:
         authors = np.full((n, s, t), INSERTED, dtype=np.int8)
         order = sorted(range(n), key=lambda i: -len(prompts[i]))  # neighbours pad little
         starts = [Start(prompts[i], j) for i in order for j in range(s)]
-        cost, segments, completed = Cost(), 0, 0
+        completed = 0
 
         def tell(done: int, of: int) -> None:
             if progress is not None:
@@ -114,13 +113,12 @@ class Relay:
         for at, response in enumerate(found):
             i, j, length = order[at // s], at % s, len(response.tokens)
             tokens[i, j, :length], authors[i, j, :length] = response.tokens, response.authors
-            segments += len(response.borders)
             completed += response.by_text and length < t
         about = [prompts, self.stopping.stops, self.stopping.until, asdict(self.decoding), asdict(self.turns)]
         digest = hashlib.sha256(json.dumps([*about, self.names, policy.key]).encode()).hexdigest()
         seconds = time.perf_counter() - began
         answers = Generations(tokens, cost.prompts, digest, seconds, completed)
-        return Relayed(answers, authors, cost, segments)
+        return Relayed(answers, authors, cost)
 
     def texts(self, found: Generations) -> tuple[tuple[str, ...], ...]:
         """n tuples of s responses, each up to the first text that ends one."""
@@ -144,7 +142,8 @@ class Relay:
             whole: so many neighbours are kept in one batch.
         """
         self._check_room(starts)
-        size = max(1, self.batch_rows(starts) // whole) * whole
+        rows = self.batch_rows(starts)
+        size = max(1, rows // whole) * whole if whole <= rows else rows
         found: list[Response] = []
         cost = Cost()
         for first in range(0, len(starts), size):

@@ -126,7 +126,7 @@ def roll(
         **facts,
         "names": list(relay.names),
         "turns": asdict(relay.turns),
-        "decoding": asdict(relay.decoding),
+        "decoding": [relay.decoding.temperature, relay.decoding.top_p, relay.decoding.max_new_tokens],
         "stops": [list(relay.stopping.stops), list(relay.stopping.until)],
         "options": asdict(options),
     }
@@ -139,7 +139,7 @@ def roll(
             part = questions[first : first + CHUNK]
             own = {
                 **about,
-                "questions": [[q.key, list(q.prompt), list(q.accepted), q.rule.name] for q in part],
+                "questions": [[list(q.prompt), list(q.accepted), q.rule.name] for q in part],
             }
             found = store.read("rollouts", own)
             stored = found is not None

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from objectives.matching import Rule
 from search.errors import ConfigError, EvaluationError
@@ -57,7 +55,7 @@ def train_router(
     Args:
         right: candidate -> `(n, s)` scores in [0, 1] of its s answers to each of n questions, as from `scored`; the
             mean of a row counts.
-        features: `(n, d)` of the same questions, as from `question_features`.
+        features: `(n, d)` of the same questions, what the host has of them before anybody writes.
         margin: by which the best candidate must be ahead for the question to be learned from; ties never are.
         settle: learns from ties, too, unless all are equal: the candidate of the best mean goes first among the best.
         folds, seed: as in `fit_classifier`; each question is a group of its own.
@@ -93,7 +91,7 @@ def train_router(
 def scored(
     texts: Sequence[Sequence[str]], accepted: Sequence[Sequence[str]], rules: Sequence[Rule]
 ) -> Floats:
-    """`(n, s)` float64: 1 where an answer is right, else 0.
+    """`(n, s)` float64 scores by the rules, in [0, 1]; higher is better.
 
     Args:
         texts: s answers to each of n questions, as many for each. accepted: right answers to each. rules: of each.
@@ -112,52 +110,4 @@ def scored(
             "(wanted as many answers for each)."
         )
     every = zip(texts, accepted, rules, strict=True)
-    return np.array(
-        [[float(rule.right(rule.key(text), right)) for text in answers] for answers, right, rule in every]
-    )
-
-
-@torch.inference_mode()
-def question_features(
-    model: Any, prompts: Sequence[Sequence[int]], batch_rows: int = 64
-) -> npt.NDArray[np.float32]:
-    """`(n, d)` float32: the hidden state that a model has of a question before it answers.
-
-    That is the state of the prompt's last token after the last layer and the final norm, what the output head sees.
-    Rows are padded on the right, where no token before looks, so neither the other prompts nor the batches matter
-    beyond the last bits.
-
-    Args:
-        model: a transformers causal language model in eval mode.
-        prompts: token ids of each, at least one, as from `encode_prompts`.
-        batch_rows: prompts read at once.
-
-    Raises:
-        ConfigError: no prompts, or one without tokens.
-        EvaluationError: a state that is not finite; its prompt is named.
-    """
-    if not prompts or not all(map(len, prompts)):
-        raise ConfigError(
-            f"router: {len(prompts)} prompts, or one without tokens (wanted at least one of each)."
-        )
-    device = model.get_input_embeddings().weight.device
-    found = np.empty((len(prompts), 0), dtype=np.float32)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(order), batch_rows):
-        batch = order[first : first + batch_rows]
-        size = np.array([len(prompts[i]) for i in batch])
-        ids = np.array([[*prompts[i], *[prompts[i][0]] * (size.max() - len(prompts[i]))] for i in batch])
-        mask = (np.arange(size.max()) < size[:, None]).astype(np.int64)
-        states = model.base_model(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
-            use_cache=False,
-        ).last_hidden_state
-        last = states[torch.arange(len(batch)), torch.from_numpy(size - 1)].float().cpu().numpy()
-        if not found.shape[1]:
-            found = np.empty((len(prompts), last.shape[1]), dtype=np.float32)
-        found[batch] = last
-    broken = ~np.isfinite(found).all(axis=1)
-    if broken.any():
-        raise EvaluationError(f"router: the hidden state of prompt {int(broken.argmax())} is not finite.")
-    return found
+    return np.array([[rule.score(text, right) for text in answers] for answers, right, rule in every])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,11 @@ from objectives.bootstrap import interval, resample_weights
 from objectives.metrics import get_metric
 from search.board_arms import RANDOM
 from search.cells import RESAMPLES, Cell, cell_around
+from search.errors import ConfigError
 from search.materials import Split
 from search.switching.arms import Arms, Written
+
+logger = logging.getLogger("mergefront")
 
 ORACLE, IN_TURN = "best candidate per question", "candidates in turn"
 
@@ -25,7 +29,8 @@ class Line:
     """One arm on one split.
 
     Attributes:
-        accuracy: of one answer, the mean over samples. voted: of the answer that most agree on.
+        accuracy: of one answer, the mean over samples; by the rule `f1` the mean overlap.
+        voted: of the answer that most agree on.
         ece: of the agreement's shares, 15 bins; lower is better. None where there are no answers.
         any: share of questions that one of the s answers gets right: what a perfect judge of s answers would reach.
         against: paired differences in accuracy of one answer, this minus that arm.
@@ -87,7 +92,8 @@ class Standing:
         return (
             f"{self.questions} {self.split} questions, {self.samples} answers each; in brackets 95 % bootstrap "
             "intervals over questions, paired for differences. voted, ECE: of the answer that most agree on. any: one "
-            "of them is right. tokens: read and written, of a single model's that writes as much."
+            "of them is right. tokens: read and written, of a single model's that writes as much. "
+            f"{ORACLE}: chosen by its other answers, a lower bound of the ceiling of routing."
         )
 
     def to_json(self) -> dict[str, object]:
@@ -120,43 +126,46 @@ def wanted_labels(arms: Arms, labels: Sequence[str] | None = None) -> list[str]:
     return list(dict.fromkeys([*arms.names, RANDOM, *(arms.labels if labels is None else labels)]))
 
 
+def feasible(arms: Arms, splits: Sequence[Split], labels: Sequence[str] | None = None) -> list[str]:
+    """`wanted_labels` without those that cannot be here, such as a router where nobody is right alone; each is logged.
+
+    Raises:
+        ConfigError: one of those that were asked for by name cannot be.
+    """
+    found = []
+    for label in wanted_labels(arms, labels):
+        try:
+            for split in splits:
+                arms.written(label, split)
+        except ConfigError as error:
+            if labels is not None or label in arms.names:
+                raise
+            logger.warning("%s is left out: %s", label, error)
+        else:
+            found.append(label)
+    return found
+
+
 def stand(arms: Arms, split: Split, labels: Sequence[str] | None = None) -> Standing:
     """Scores arms on a split.
 
     Args:
-        labels: see `wanted_labels`.
+        labels: see `feasible`.
     """
-    wanted = wanted_labels(arms, labels)
+    wanted = feasible(arms, [split], labels)
     found = {label: arms.written(label, split) for label in wanted}
     first = found[wanted[0]]
-    n, samples = first.right.shape
+    n, samples = first.score.shape
     weights = resample_weights(n, RESAMPLES, strata=first.evaluation.outcomes.task)
-    means: dict[str, Floats] = {label: _per_question(one.right) for label, one in found.items()}
-    lines = [_line(label, found[label], means, arms.best, weights) for label in wanted]
-    pooled = arms.in_turn(split)
-    pooled_mean, pooled_any = _per_question(pooled), _any(pooled)
-    lines += [
-        Line(
-            IN_TURN,
-            _mean(pooled_mean, weights),
-            None,
-            None,
-            _mean(pooled_any, weights),
-            _against(pooled_mean, means, arms.best, weights),
-            None,
-            None,
-        ),
-        Line(
-            ORACLE,
-            _mean(arms.oracle(split), weights),
-            None,
-            None,
-            None,
-            _against(arms.oracle(split), means, arms.best, weights),
-            None,
-            None,
-        ),
-    ]
+    means: dict[str, Floats] = {label: _per_question(one) for label, one in found.items()}
+    lines = [_line(label, one, means, arms.best, weights) for label, one in found.items()]
+    lines.append(
+        replace(_line(IN_TURN, arms.in_turn(split), means, arms.best, weights), tokens=None, seconds=None)
+    )
+    if samples > 1:
+        ceiling = arms.oracle(split)
+        against = _against(ceiling, means, arms.best, weights)
+        lines.append(Line(ORACLE, _mean(ceiling, weights), None, None, None, against, None, None))
     return Standing(split, n, samples, arms.best, tuple(lines))
 
 
@@ -166,13 +175,14 @@ def _line(label: str, one: Written, means: Mapping[str, Floats], best: str, weig
         metric = get_metric(name)
         value = metric.value(one.evaluation.outcomes)
         cells[name] = cell_around(value, metric.interval(value, metric(one.evaluation.outcomes, weights)))
+    mean = _per_question(one)
     return Line(
         label,
-        _mean(means[label], weights),
+        _mean(mean, weights),
         cells["accuracy"],
         cells["ece"],
-        _mean(_any(one.right), weights),
-        _against(means[label], means, best, weights, label),
+        _mean(np.asarray(one.right.any(axis=1), dtype=np.float64), weights),
+        _against(mean, means, best, weights, label),
         one.tokens / one.single,
         one.seconds,
     )
@@ -185,12 +195,8 @@ def _against(
     return {other: _mean(values - means[other], weights) for other in (best, RANDOM) if other != label}
 
 
-def _per_question(right: Floats) -> Floats:
-    return np.asarray(right.mean(axis=1))
-
-
-def _any(right: Floats) -> Floats:
-    return np.asarray((right >= 1.0).any(axis=1), dtype=np.float64)
+def _per_question(one: Written) -> Floats:
+    return np.asarray(one.score.mean(axis=1))
 
 
 def _mean(values: Floats, weights: Floats) -> Cell:

@@ -28,7 +28,7 @@ from search.switching.config import SwitchingConfig
 from search.switching.labels import Labels, label
 from search.switching.lora import Watch as LoraWatch
 from search.switching.lora import train_lora
-from search.switching.rollouts import RolloutOptions, derived, roll
+from search.switching.rollouts import Asked, RolloutOptions, derived, roll
 from search.switching.switcher import features_of
 
 logger = logging.getLogger("mergefront")
@@ -153,7 +153,11 @@ def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watc
     """The rollouts of all written tasks with their labels."""
     config = switching_of(materials)
     options = options_of(config)
-    facts = {"parents": materials.parents.digest, "dtype": materials.config.merge.dtype}
+    facts = {
+        "parents": materials.parents.digest,
+        "dtype": materials.config.merge.dtype,
+        "device": materials.device.partition(":")[0],
+    }
     store = PieceStore(work)
     question: list[Integers] = []
     starts: list[Start] = []
@@ -161,16 +165,17 @@ def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watc
     scores: list[Floats] = []
     cost, computed, reused, before = Cost(), 0, 0, 0
     for one in settings:
-        asked = one.asked["search"][: config.rollouts.questions]
-        if config.rollouts.score != "match":
-            asked = tuple(replace(question, rule=get_rule(config.rollouts.score)) for question in asked)
+        asked = taught(one, config)
+        whole = config.segment >= one.relay.decoding.max_new_tokens
 
         def told(done: int, of: int, stored: bool, name: str = one.name) -> None:
             if watch is not None:
                 watch(name, done, of, stored)
 
-        found = roll(one.relay, asked, options, store, facts, told)
-        question.append(found.question + before)
+        found = roll(one.relay, asked, whole_answers(options) if whole else options, store, facts, told)
+        # Questions of equal prompts are one: none of it may be fitted and held out at once.
+        first = {question.prompt: place for place, question in reversed(list(enumerate(asked)))}
+        question.append(np.array([first[asked[i].prompt] for i in found.question], dtype=np.int64) + before)
         before += len(asked)
         starts += found.starts
         owners += [one] * len(found.starts)
@@ -203,6 +208,19 @@ def options_of(config: SwitchingConfig) -> RolloutOptions:
         rolled.cut[1],
         derived(config.seed, "rollouts"),
     )
+
+
+def taught(one: Setting, config: SwitchingConfig) -> tuple[Asked, ...]:
+    """The questions of a task that teach, with the rule that scores rollouts."""
+    asked = one.asked["search"][: config.rollouts.questions]
+    if config.rollouts.score == "match":
+        return asked
+    return tuple(replace(question, rule=get_rule(config.rollouts.score)) for question in asked)
+
+
+def whole_answers(options: RolloutOptions) -> RolloutOptions:
+    """The same work where a segment is the whole answer: all traces are empty, and nothing is left to complete."""
+    return replace(options, traces=1, branches=options.branches * options.completions, completions=1)
 
 
 def preference(config: SwitchingConfig, scores: Floats, starts: Sequence[Start]) -> Floats | None:

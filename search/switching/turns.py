@@ -43,6 +43,11 @@ class Turns:
                 "switching.wait: does not go with last, which follows an early end. Remove one of them."
             )
 
+    def leave_choice(self, room: int) -> bool:
+        """Whether some segment of a response of `room` tokens has an author to choose, the closing text left aside."""
+        free = self.segment if self.first is not None else 0
+        return room - free >= 2 * self.segment if self.last is not None else room > free
+
     def check(self, names: Sequence[str], room: int) -> None:
         """Raises ConfigError where a name is no candidate's, or a segment does not fit into `room` tokens."""
         if len(names) < 2:
