@@ -189,7 +189,10 @@ def test_nobody_can_pick_them(launched: Launched, tmp_path: Path, cli: Cli) -> N
     assert not any(isinstance(row, Arm) for row in board.front)
     with pytest.raises(ConfigError, match="--select router: is no trial and has no recipe"):
         pick(board, "router")
-    for command in (("export", "turns", "--out", tmp_path / "out"), ("calibrate", "turns")):
+    for command in (
+        ("export", "turns", "--out", tmp_path / "out"),
+        ("calibrate", "turns", "--method", "temperature"),
+    ):
         code, _, err = cli(*command, "--select", "switch", "--storage", launched.url)
         assert code == 2
         assert "--select switch: is no trial" in err
