@@ -213,7 +213,7 @@ def test_nothing_is_written_twice(
     assert code == 0, err
     assert json.loads(out) == launched.table
     assert StudyStore.open(url, "turns").attributes() == before
-    for other in ("switching.segment=3", "switching.seed=1", "merge.dtype=bfloat16"):
+    for other in ("switching.margin=0.2", "switching.seed=1", "merge.dtype=bfloat16"):
         code, _, err = launched.compare(cli, f"sqlite:///{tmp_path / 'none.db'}", "--set", other)
         assert code == 1
         assert "drawn again" in err
@@ -238,7 +238,11 @@ def test_another_switcher_takes_the_place(launched: Launched, tmp_path: Path, cl
 
 def test_arms_under_other_rules_leave(launched: Launched, tmp_path: Path, cli: Cli) -> None:
     url = launched.copy(tmp_path / "copy")
-    code, _, err = launched.compare(cli, url, "--arm", "logit average", "--set", "switching.segment=3")
+    longer = ("--set", "switching.segment=3")
+    run(launched.folder, "train", "study.yaml", "--out", str(tmp_path / "longer"), *longer)
+    code, _, err = launched.compare(
+        cli, url, "--arm", "logit average", "--switcher", tmp_path / "longer", *longer
+    )
     assert code == 0, err
     assert "taken off the board, made under other rules of taking turns: switch, untrained" in err
     assert "2 arms are on the board of study 'turns'" in err

@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from search.board_arms import RANDOM, ROUTER, SWITCH
 from search.config import StudyConfig, load_study_file
 from search.materials import Materials
-from search.switching.arms import RANDOM, ROUTER, SWITCH, Arms
+from search.switching.arms import Arms
 from search.switching.batch import Cost
 from search.switching.candidates import Setting, open_settings
+from search.switching.policies import Always
 from search.switching.relay import Relay
-from search.switching.train import Trained, summary, train
+from search.switching.train import Trained, summary, switching_of, train
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"
@@ -49,15 +51,13 @@ class Seed:
     """The checkpoints of one seed, loaded once."""
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed
+        self.number = seed
         self.materials = Materials.open(study_of(seed), "cpu")
-        self._first = self.setting(self.materials.config)
+        self._first = open_settings(self.materials, switching_of(self.materials).turns)[0]
 
     def setting(self, config: StudyConfig) -> Setting:
         """The task with the turns of another config, the models shared."""
         assert config.switching is not None
-        if not hasattr(self, "_first"):
-            return open_settings(self.materials, config.switching.turns)[0]
         relay = self._first.relay
         models = dict(zip(relay.names, relay.models, strict=True))
         other = Relay(models, relay.tokenizer, config.switching.turns, relay.stopping, relay.decoding)
@@ -65,57 +65,55 @@ class Seed:
 
     def trained(self, overrides: Sequence[str] = ()) -> tuple[Materials, Setting, Trained]:
         """A switcher of the study with other settings of `switching`."""
-        config = study_of(self._seed, overrides)
+        config = study_of(self.number, overrides)
         materials = replace(self.materials, config=config)
         setting = self.setting(config)
-        return materials, setting, train(materials, [setting], BUILD / f"seed-{self._seed}" / "rollouts")
+        return materials, setting, train(materials, [setting], BUILD / f"seed-{self.number}" / "rollouts")
 
 
 def arms_of(materials: Materials, setting: Setting, trained: Trained) -> Arms:
     """All arms beside this switcher."""
-    switching = materials.config.switching
-    assert switching is not None
+    switching = switching_of(materials)
     return Arms(materials, [setting], {SWITCH: lambda one: trained.brain.policy(one.relay, switching)})
 
 
 def lengths(seed: Seed) -> list[dict[str, Any]]:
-    """Switching and chance for every length of a segment; at the longest, routing must come out of it exactly.
-
-    With a segment as long as the answer there is nothing to complete, so every completion is a branch of its own.
-    """
+    """Switching and chance for every length of a segment; at the longest, routing must come out of it exactly."""
     found = []
     for length in LENGTHS:
-        whole = length == LENGTHS[-1]
-        overrides = [f"switching.segment={length}"]
-        if whole:
-            overrides += [f"switching.rollouts.{key}" for key in ("traces=1", "branches=32", "completions=1")]
-            overrides.append("switching.rollouts.score=match")
-        materials, setting, trained = seed.trained(overrides)
+        materials, setting, trained = seed.trained([f"switching.segment={length}"])
         arms = arms_of(materials, setting, trained)
         entry: dict[str, Any] = {"segment": length}
         for label in (SWITCH, RANDOM):
             written = arms.written(label, "report")
-            entry[label] = written.right.mean(axis=1).tolist()
+            entry[label] = written.score.mean(axis=1).tolist()
             entry[f"{label} tokens"] = written.tokens / written.single
-        if whole:
+        if length == LENGTHS[-1]:
             router, switch = arms.written(ROUTER, "report"), arms.written(SWITCH, "report")
             labels = arms.router.labels.label.tolist() == trained.lesson.labels.label.tolist()
             entry["equals routing"] = labels and router.texts == switch.texts
         found.append(entry)
-        print(f"seed {seed._seed}: segments of {length}: {np.mean(entry[SWITCH]):.3f}", file=sys.stderr, flush=True)
+        print(
+            f"seed {seed.number}: segments of {length}: {np.mean(entry[SWITCH]):.3f}",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 
 def speed(setting: Setting, trained: Trained, materials: Materials) -> dict[str, float]:
-    """Tokens and wall time of the switcher on the report questions, as multiples of its host alone; best of three."""
-    from search.switching.policies import Always
+    """Tokens of the switcher on the report questions, and wall time a token, as multiples of its host alone.
 
-    switching = materials.config.switching
-    assert switching is not None
+    Times are the best of three.
+    """
+    switching = switching_of(materials)
     prompts = [asked.prompt for asked in setting.asked["report"]]
     host = setting.relay.names.index(trained.host)
     seconds, cost = {}, Cost()
-    for label, policy in (("alone", Always(host)), ("switch", trained.brain.policy(setting.relay, switching))):
+    for label, policy in (
+        ("alone", Always(host)),
+        ("switch", trained.brain.policy(setting.relay, switching)),
+    ):
         tries = []
         for _ in range(3):
             began = time.perf_counter()
@@ -141,15 +139,15 @@ def measured(number: int) -> dict[str, Any]:
         written = arms.written(label, "report")
         outcomes = written.evaluation.outcomes
         found["arms"][label] = {
-            "right": written.right.tolist(),
+            "right": written.right.astype(int).tolist(),
             "confidence": outcomes.confidence.tolist(),
             "correct": outcomes.correct.tolist(),
             "tokens": written.tokens / written.single,
             "seconds": written.seconds,
         }
-        print(f"seed {number}: {label}: {written.right.mean():.3f}", file=sys.stderr, flush=True)
+        print(f"seed {number}: {label}: {written.score.mean():.3f}", file=sys.stderr, flush=True)
     found["oracle"] = arms.oracle("report").tolist()
-    found["in turn"] = arms.in_turn("report").tolist()
+    found["in turn"] = arms.in_turn("report").right.astype(int).tolist()
     found["soup"] = list(arms.soup.ingredients)
     found["labels"] = {**trained.lesson.counts, "entropy": trained.lesson.labels.entropy}
     found["held out"] = trained.held_out
