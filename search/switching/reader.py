@@ -6,6 +6,7 @@ can be read on at any time, and rows that start alike are read once and copied.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -212,7 +213,8 @@ class _Store:
     def __init__(self, rows: int, width: int) -> None:
         from transformers.cache_utils import Cache, DynamicLayer
 
-        store = self
+        # A class lives until the collector comes, and would keep all tensors with it.
+        store = weakref.ref(self)
 
         class ColumnLayer(DynamicLayer):  # type: ignore[misc]
             """Keeps what it is given and gives back the columns of the rows that are looked at."""
@@ -225,7 +227,9 @@ class _Store:
                     shape = (rows, keys.shape[1], width)
                     self.keys = keys.new_zeros((*shape, keys.shape[3]))
                     self.values = values.new_zeros((*shape, values.shape[3]))
-                view, device = store.view, keys.device
+                here = store()
+                assert here is not None, "it holds the cache that this layer belongs to"
+                view, device = here.view, keys.device
                 place, column, real = (one.to(device) for one in (view.place, view.column, view.real))
                 found = []
                 for kept, new in ((self.keys, keys), (self.values, values)):
