@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: anchors compare help install quickstart test test-all lint smollm2 soups bench clean
+.PHONY: anchors compare help install quickstart test test-all lint smollm2 soups switch bench clean
 
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
@@ -15,6 +15,7 @@ help:
 	@echo "make compare     engines at equal scored tokens on the quickstart's pair"
 	@echo "make anchors     Functional Dual Anchors beside other merges and controls, three seeds (about half an hour)"
 	@echo "make soups       six experts of one base, and a merge for every taste (about 25 minutes on two cores)"
+	@echo "make switch      checkpoints that take turns beside every other way to use them, five seeds (about 40 minutes)"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on the 135M pair (about 40 minutes)"
 
 install: $(VENV)/.product
@@ -61,6 +62,9 @@ anchors: $(VENV)/.product
 
 soups: $(VENV)/.product
 	PYTHONPATH=studies/quickstart $(BIN)/python studies/personalized-soups/soups.py --seeds 3 --workers 2
+
+switch: $(VENV)/.product
+	$(BIN)/python studies/switch-generation/run.py --seeds 5 --workers 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

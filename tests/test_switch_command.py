@@ -35,6 +35,12 @@ switching: {{segment: 2, margin: 0.0, rollouts: {{completions: 2}}}}
 """
 
 
+def questions(file: Path, n: int) -> None:
+    """Writes questions that every even number below 100 answers."""
+    rows = [{"question": f"Letter {i}?", "answer": EVEN} for i in range(n)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study file with three candidates and 60 questions, and a switcher trained on it."""
@@ -43,8 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for one in parents.values():  # with a chat template, as post-trained models have
         pico_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(one)
     (folder / "study.yaml").write_text(STUDY.format(**parents))
-    rows = [{"question": f"Letter {n}?", "answer": EVEN} for n in range(60)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions(folder / "questions.jsonl", 60)
     found = run(folder, "train", "study.yaml", "--out", "switcher")
     assert found.splitlines()[-1] == "switcher"
     return folder

@@ -43,7 +43,7 @@ from search.switching.rollouts import branch_seed, derived
 from search.switching.router import Router, scored, train_router
 from search.switching.soup import Soup, dare_ties_blend, greedy_soup, soup_blend
 from search.switching.switcher import features_of
-from search.switching.train import options_of, switching_of, taught
+from search.switching.train import groups_of, options_of, switching_of, taught
 
 Floats = npt.NDArray[np.float64]
 
@@ -127,8 +127,10 @@ class Arms:
         options = options_of(self._config)
         samples = options.branches * options.completions
         scores: dict[str, list[Floats]] = {name: [] for name in self.names}
+        groups: list[npt.NDArray[np.int64]] = []
         for one in self._settings:
             asked = taught(one, self._config)
+            groups.append(groups_of(asked) + sum(map(len, groups)))
             drawn = replace(one.relay.decoding, samples=samples, seed=branch_seed(options))
             for name, model in self._models.items():
                 sampler = self._sampler(model, one, "search", drawn, len(asked))
@@ -138,7 +140,13 @@ class Arms:
         limit = self._config.rollouts.questions
         seen = np.concatenate([self._features(one, "search", limit) for one in self._settings])
         merged = {name: np.concatenate(found) for name, found in scores.items()}
-        return train_router(merged, seen, margin=self._config.margin, settle=self._config.ties != "drop")
+        return train_router(
+            merged,
+            seen,
+            groups=np.concatenate(groups),
+            margin=self._config.margin,
+            settle=self._config.ties != "drop",
+        )
 
     @cached_property
     def soup(self) -> Soup:

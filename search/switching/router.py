@@ -45,6 +45,7 @@ def train_router(
     right: Mapping[str, npt.ArrayLike],
     features: npt.ArrayLike,
     *,
+    groups: npt.ArrayLike | None = None,
     margin: float = 0.0,
     settle: bool = False,
     folds: int = 5,
@@ -58,7 +59,8 @@ def train_router(
         features: `(n, d)` of the same questions, what the host has of them before anybody writes.
         margin: by which the best candidate must be ahead for the question to be learned from; ties never are.
         settle: learns from ties, too, unless all are equal: the candidate of the best mean goes first among the best.
-        folds, seed: as in `fit_classifier`; each question is a group of its own.
+        groups: `(n,)` integers as in `fit_classifier`; None makes each question a group of its own.
+        folds, seed: as in `fit_classifier`.
 
     Raises:
         ConfigError: fewer than two candidates, no question that is kept, one candidate the best of them all, or fewer
@@ -82,8 +84,9 @@ def train_router(
     scores = np.column_stack(means)
     labels = label(scores, margin, np.tile(scores.mean(axis=0), (len(scores), 1)) if settle else None)
     kept = labels.kept
+    group = np.arange(len(kept)) if groups is None else np.asarray(groups)
     classifier = fit_classifier(
-        np.asarray(features)[kept], labels.label[kept], len(means), folds=folds, seed=seed
+        np.asarray(features)[kept], labels.label[kept], len(means), groups=group[kept], folds=folds, seed=seed
     )
     return Router(tuple(right), classifier, labels)
 

@@ -173,9 +173,7 @@ def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watc
                 watch(name, done, of, stored)
 
         found = roll(one.relay, asked, whole_answers(options) if whole else options, store, facts, told)
-        # Questions of equal prompts are one: none of it may be fitted and held out at once.
-        first = {question.prompt: place for place, question in reversed(list(enumerate(asked)))}
-        question.append(np.array([first[asked[i].prompt] for i in found.question], dtype=np.int64) + before)
+        question.append(groups_of(asked)[found.question] + before)
         before += len(asked)
         starts += found.starts
         owners += [one] * len(found.starts)
@@ -216,6 +214,12 @@ def taught(one: Setting, config: SwitchingConfig) -> tuple[Asked, ...]:
     if config.rollouts.score == "match":
         return asked
     return tuple(replace(question, rule=get_rule(config.rollouts.score)) for question in asked)
+
+
+def groups_of(asked: Sequence[Asked]) -> Integers:
+    """`(n,)` a number for each question; those of equal prompts have one: it may not be fitted and held out at once."""
+    first = {question.prompt: place for place, question in reversed(list(enumerate(asked)))}
+    return np.array([first[question.prompt] for question in asked], dtype=np.int64)
 
 
 def whole_answers(options: RolloutOptions) -> RolloutOptions:
