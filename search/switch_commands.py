@@ -91,7 +91,7 @@ def compare(
 ) -> None:
     """The switcher beside single checkpoints, chance, routing, ensembles and merges, on the same questions.
 
-    Of a launched study, all of these are put on its board, beside its merges: see front and report.
+    Of a launched study, they write to both splits and are put on its board, beside its merges: see front and report.
     """
     from search.config import load_study_file
     from search.naming import storage_url

@@ -6,11 +6,16 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.text import Annotation
 
+from objectives.evaluator import Evaluation
 from search.board import read_board
 from search.board_arms import SWITCH, Arm, arm_key, stored_arms
 from search.config import load_study_file
@@ -28,6 +33,7 @@ from search.switching.arms import Arms
 from search.tables import front_table
 from tests.conftest import Cli
 from tests.pico import CHAT_TEMPLATE, pico_tokenizer, save_experts
+from tests.test_report import build_study
 from tests.test_switch_command import EVEN, STUDY, run
 
 LABELS = [
@@ -159,6 +165,41 @@ def test_tables_pictures_and_page_show_them(launched: Launched, tmp_path: Path) 
     for arm in board.arms:
         assert f"{arm.label}<span" in page
     assert json.loads((tmp_path / "front.json").read_text()) == board.to_json()
+
+
+def test_arms_that_coincide_or_lie_far_off_are_still_told(tmp_path: Path) -> None:
+    """One as good as `post`, one as good as that, and one that would squeeze everything else."""
+    store = build_study(tmp_path, search=6)
+    evidence, post = EvidenceFolder(store.url, store.name), store.trials()[1].attributes["evidence"]
+    found = evidence.load(post)
+    wrong = np.roll(found.outcomes.probability, 1, axis=1) ** 8
+    bad = replace(found.outcomes, probability=wrong / wrong.sum(axis=1, keepdims=True))
+    for label, digest in (
+        ("switch", post),
+        ("router", post),
+        ("refine", evidence.save(Evaluation.of_probabilities(bad, 0, found.digest))),
+    ):
+        value = {"evidence": digest, "tokens": 1.0, "switcher": None, "setting": ""}
+        store.set_attribute(arm_key(label, "search"), value)
+    board = read_board(store)
+    figure = front_figure(board, ["search"])
+    (axes,) = figure.axes
+    balls = {text.get_text(): text for text in axes.texts if text.get_text() in ("1", "2", "3")}
+    assert list(balls) == ["1", "2"]
+    cells = board.row(1).search
+    offsets = [np.zeros(2)]  # of the parent's own mark
+    for ball in balls.values():
+        assert isinstance(ball, Annotation)
+        assert ball.xy == (cells["accuracy"].value, cells["ece"].value)
+        offsets.append(np.array(ball.xyann))
+    apart = [np.hypot(*(a - b)) for a, b in combinations(offsets, 2)]
+    assert min(apart) >= 9, "points of paper; a ball is 8 wide"
+    caption = " ".join(" ".join(text.get_text() for text in figure.texts).split())
+    assert "switch (1), router (2), refine (3)" in caption
+    assert "refine outside the frame" in caption
+    assert not [row for row in board.arms if row.report or row.against]
+    assert "router" in front_table(board, "search")
+    assert write_report(store, tmp_path / "out")
 
 
 def _has_text(artist: Any) -> bool:

@@ -126,7 +126,7 @@ class _Panel:
         self.maximise = tuple(board.maximize[j] for j in pair)
         self.reference = np.array([board.reference[name] for name in self.names])
         self.scored = [row for row in board.rows if row.on(split)]
-        self.taken: list[tuple[Floats, Floats]] = []  # by parents, their names and the knee: see draw_arms
+        self.taken: list[tuple[Floats, Floats]] = []  # by what has a name or a mark: see draw_arms
         self.whole = len(board.objectives) == 2  # else a projection, in which areas would mislead
 
     def draw(self, *, first: bool) -> None:
@@ -150,6 +150,7 @@ class _Panel:
         self._uniform_line(line)
         tempered = [row for row in self.board.alternatives if {*self.names} <= row.on(self.split).keys()]
         self.axes.plot(*self._points(tempered).T, "^", color="white", ms=4.4, mec=POST, mew=0.9, zorder=7)
+        self.taken += [(point, np.zeros(2)) for point in self._points(tempered)]
         for row in front:
             if row.kind not in PARENTS:
                 self._bars(row, FRONT, alpha=0.4)
@@ -284,7 +285,9 @@ def _caption(board: Board, splits: Sequence[Split], setting: str) -> str:
     frame = {name: _limits(board, name) for name, _ in board.objectives[:3]}
     outside = sum(_is_outside(row, splits[0], frame) for row in board.rows)
     missing = [f"{outside} dominated trials"] if outside else []
-    missing += [arm.label for arm in board.arms if any(_is_outside(arm, split, frame) for split in splits)]
+    for arm in board.arms:
+        off = [split for split in splits if _is_outside(arm, split, frame)]
+        missing += [arm.label if len(off) == len(splits) else f"{arm.label} ({off[0]} split)"] if off else []
     return f"{text} Not shown: {', '.join(missing)} outside the frame." if missing else text
 
 
