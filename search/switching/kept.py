@@ -19,6 +19,7 @@ Texts = tuple[tuple[str, ...], ...]
 Draft = tuple[Texts, int, int]  # of one task: answers, tokens of all models, tokens of a single one
 
 _KIND, _CONTENT = "answers", "content"
+_FORMAT = 2  # another way to write or to count makes another one
 
 
 class Kept:
@@ -37,6 +38,7 @@ class Kept:
             [[list(one.prompt) for one in each.asked[s]] for s in ("search", "report")] for each in settings
         ]
         self._facts: dict[str, Any] = {
+            "format": _FORMAT,
             "version": __version__,
             "parents": materials.parents.digest,
             "dtype": materials.config.merge.dtype,
