@@ -11,7 +11,7 @@ import numpy.typing as npt
 from objectives.chat import PROBE, rendered
 from search.errors import ConfigError
 
-_BROKEN = "\ufffd"  # what a part of a character decodes to
+BROKEN = "\ufffd"  # what a part of a character decodes to
 
 
 class Stopping:
@@ -67,7 +67,7 @@ class Stopping:
         if known is None:
             # Twice, since many tokenizers drop the space before the first word of a text.
             (text,) = decoded([[token, token]], self._tokenizer)
-            known = self._completes[token] = _BROKEN in text or not self._last.isdisjoint(text)
+            known = self._completes[token] = BROKEN in text or not self._last.isdisjoint(text)
         return known
 
 

@@ -122,7 +122,10 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="JSON lines with prompt or question.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts are a user's messages.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Prompts are a user's messages.  [default: as the study's]"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON lines: prompt, text, and who wrote what.")
     ] = False,
@@ -166,6 +169,7 @@ def serve(
     from search.switching.command import serve_folder
 
     try:
-        serve_folder(folder, host, port, name, moved, device)
+        with interruptible():  # while models are loaded
+            serve_folder(folder, host, port, name, moved, device)
     except Interrupted as stop:  # how a server ends
         raise typer.Exit(stop.exit_code) from None

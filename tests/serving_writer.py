@@ -44,6 +44,9 @@ class ScriptedWriter:
             raise ConfigError("prompt: has no token.")
         return tuple(map(ord, text))
 
+    def room(self, prompt: tuple[int, ...]) -> int:
+        return self.context - len(prompt)
+
     def write(self, prompt: tuple[int, ...], **options: Any) -> Iterator[Piece]:
         self.begun += 1
         self.seen.append({"prompt": prompt, **options})
@@ -87,6 +90,9 @@ class PicoWriter:
         )
         return tuple(self.tokenizer(text)["input_ids"]) or (1,)
 
+    def room(self, prompt: tuple[int, ...]) -> int:
+        return self.context - len(prompt)
+
     def write(
         self,
         prompt: tuple[int, ...],
@@ -96,6 +102,7 @@ class PicoWriter:
         top_p: float,
         seed: int,
         stop: Sequence[str],
+        chat: bool = False,
     ) -> Iterator[Piece]:
         import numpy as np
         import torch

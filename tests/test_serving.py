@@ -364,7 +364,7 @@ def test_context_left_for_the_answer() -> None:
     with serving(ScriptedWriter(context=20)) as at:
         found = ask(at, {"prompt": "p" * 12, "max_tokens": 9})
         assert error(found) == (400, "prompt", "context_length_exceeded")
-        assert "21 tokens (12 in the prompt, 9 to write)" in found[1]["error"]["message"]
+        assert "21 tokens (12 in the prompt, 9 to write; 8 fit)" in found[1]["error"]["message"]
         assert error(ask(at, {"prompt": "p" * 20}))[2] == "context_length_exceeded"
         assert ask(at, {"prompt": "p" * 12, "max_tokens": 8})[1]["usage"]["total_tokens"] == 20
         assert ask(at, {"prompt": "p" * 19})[1]["usage"]["total_tokens"] == 20  # the default of 16 gives way

@@ -12,6 +12,7 @@ import torch
 
 from objectives.drawing import draw_tokens
 from objectives.generation import uniforms
+from objectives.stopping import decoded
 from search.errors import EvaluationError
 from search.switching.reader import Integers, Reader, Tokens, make_reader
 
@@ -48,8 +49,10 @@ class Response:
         tokens, authors: one author a token. A token that ended it by itself is not kept.
         borders: tokens before each segment that was written since the start.
         free: before those whose author the policy chose.
-        finish: why nothing follows: `stop` if an author ended it, `length` if there is no room; None while it is open.
+        finish: why nothing follows: `stop` if an author or a text ended it, `length` if there is no room, or none for a
+            segment before the last; None while it is open.
         by_text: it came to a text that ends responses, which is kept in its tokens.
+        called: the last author is next. cut: since there is no room for others, not since one of them ended early.
     """
 
     start: Start
@@ -59,7 +62,8 @@ class Response:
     free: list[int] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
     by_text: bool = False
-    called: bool = False  # somebody ended early: the last author is next
+    called: bool = False
+    cut: bool = False
     drawn: int = 0
 
     @property
@@ -160,8 +164,11 @@ class Batch:
         self._heard = np.zeros_like(self._needed)
         self._own = 0  # tokens that models of the policy's own read
 
-    def rounds(self, policy: Policy, seed: int) -> Iterator[Integers]:
-        """Writes a segment of every open response at a time; gives the rows that were written."""
+    def rounds(self, policy: Policy, seed: int) -> Iterator[tuple[Integers, Integers]]:
+        """Writes a segment of every open response at a time; gives the rows that were written, and who wrote each.
+
+        Where the text before the last segment ends a response, its last author is given, and wrote nothing.
+        """
         starts = [response.start for response in self.responses]
         uniform = np.array([uniforms(one.prompt, seed, one.sample, self._room) for one in starts])
         chooser = policy.begin(self.responses)
@@ -171,9 +178,10 @@ class Batch:
         while (rows := self._open()).size:
             authors = self._authors(rows, chooser)
             self._own = chooser.fed
-            for author in np.unique(authors):
-                self._write(int(author), rows[authors == author], uniform)
-            yield rows
+            due = np.array([self.responses[row].finish is None for row in rows])
+            for author in np.unique(authors[due]):
+                self._write(int(author), rows[due & (authors == author)], uniform)
+            yield rows, authors
 
     def read(self, author: int, rows: Integers) -> torch.Tensor:
         """`(r, width)` float32: a candidate's last hidden states, after it has read these rows."""
@@ -232,7 +240,7 @@ class Batch:
             if turns.last is not None and (response.called or left < 2 * turns.segment + len(relay.closing)):
                 if left > len(relay.closing):
                     self._insert(response, relay.closing)
-                response.called = True
+                response.called, response.cut = True, not response.called
                 authors[at] = relay.names.index(turns.last)
             elif turns.first is not None and not response.tokens:
                 authors[at] = relay.names.index(turns.first)
@@ -285,7 +293,7 @@ class Batch:
                 break
         for row in rows:
             if self.responses[row].called and last:
-                self.responses[row].finish = "length"
+                self.responses[row].finish = "length" if self.responses[row].cut else "stop"
 
     def _ended(self, response: Response, last: bool) -> None:
         """What follows when an author's token ends a response: the last author, a text to go on with, or nothing."""
@@ -300,3 +308,8 @@ class Batch:
     def _insert(self, response: Response, tokens: Tokens) -> None:
         response.tokens += tokens
         response.authors += [INSERTED] * len(tokens)
+        stopping = self._relay.stopping
+        if tokens and stopping.until:
+            (text,) = decoded([response.tokens], self._relay.tokenizer)
+            if stopping.cut(text) != text:
+                response.finish, response.by_text = "stop", True

@@ -7,6 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,12 +106,16 @@ def generate_answers(
     given: Mapping[str, Any],
     *,
     seed: int,
-    chat: bool,
+    chat: bool | None,
     as_json: bool,
     moved: Sequence[str],
     device: str,
 ) -> Iterator[str]:
     """A line for each prompt: the answer, or JSON with prompt, text and segments.
+
+    Args:
+        given: `max_new_tokens`, `temperature` and `top_p`; None takes the study's.
+        chat: whether prompts are a user's messages; None if those of the study's task were.
 
     Raises:
         ConfigError: a number out of its range, or a prompt that does not fit. Others as `open_switcher`.
@@ -118,11 +123,12 @@ def generate_answers(
     about = read_switcher(folder)
     default = about.generate
     drawn = {name: getattr(default, name) if value is None else value for name, value in given.items()}
+    chat = about.chat_template if chat is None else chat
     writer = SwitchWriter(open_switcher(folder, places(moved), device), about.study)
     shares: Counter[str] = Counter()
     for prompt in prompts:
         asked = writer.encode([{"role": "user", "content": prompt}] if chat else prompt)
-        pieces = list(writer.write(asked, **drawn, seed=seed))
+        pieces = list(writer.write(asked, **drawn, seed=seed, chat=chat))
         for piece in pieces:
             shares[piece.author] += piece.tokens
         text = "".join(piece.text for piece in pieces)
@@ -152,10 +158,12 @@ def serve_folder(
             raise ConfigError(
                 f"switch serve: {module} is not installed. Install it: pip install 'mergefront[serve]'."
             )
-    from search.switching.serving.server import serve
+    from search.switching.serving.server import listen, serve
 
-    opened = open_switcher(folder, places(moved), device)
-    serve(SwitchWriter(opened, name or opened.about.study), host, port)
+    # The address first: models may take minutes to load. Who asks meanwhile waits.
+    with closing(listen(host, port)) as listener:
+        opened = open_switcher(folder, places(moved), device)
+        serve(SwitchWriter(opened, name or opened.about.study), host, port, listener=listener)
 
 
 def places(given: Sequence[str]) -> dict[str, str]:

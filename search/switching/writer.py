@@ -12,9 +12,10 @@ class Piece:
     """What one author added to an answer.
 
     Attributes:
-        text: the increment; the texts of an answer's pieces joined are the answer.
+        text: the increment; the texts of an answer's pieces joined are the answer. What may be the beginning of a
+            stop text waits for the next piece, and what no candidate wrote goes with the one beside it.
         author: the candidate who wrote it.
-        tokens: how many tokens it drew.
+        tokens: how many tokens it drew; one that ended the answer without a text is among them.
         finish: why the answer ends here, on its last piece only: "stop" by itself or before a stop text, "length" at
             the limit.
     """
@@ -44,6 +45,10 @@ class Writer(Protocol):
         """
         ...
 
+    def room(self, prompt: tuple[int, ...]) -> int:
+        """How many tokens an answer to this prompt may have, 0 if none fits."""
+        ...
+
     def write(
         self,
         prompt: tuple[int, ...],
@@ -53,6 +58,14 @@ class Writer(Protocol):
         top_p: float,
         seed: int,
         stop: Sequence[str],
+        chat: bool,
     ) -> Iterator[Piece]:
-        """One piece a segment. The answer ends before the first of the `stop` texts, which is never part of a piece."""
+        """One piece a segment. The answer ends before the first of the `stop` texts, which is never part of a piece.
+
+        Args:
+            chat: whether the prompt was chat messages; another kind of text may end an answer to them.
+
+        Raises:
+            ConfigError: it cannot be written as asked for, such as more tokens than `room`; before the first piece.
+        """
         ...

@@ -153,16 +153,16 @@ class _Service:
             raise timed_out(limits.seconds) from None
         except ConfigError as error:
             raise invalid(str(error), param) from None
-        room, wanted = context - len(prompt), asked.wanted_tokens
+        room, wanted = self.writer.room(prompt), asked.wanted_tokens
         if room < 1:
-            raise too_long(len(prompt), None, context, param)
+            raise too_long(len(prompt), None, room, context, param)
         if len(prompt) > limits.prompt_tokens:
             message = f"At most {limits.prompt_tokens} tokens are read here (found {len(prompt)})."
             raise invalid(message, param, "context_length_exceeded")
         if wanted is not None and wanted > limits.new_tokens:
             raise invalid(f"max_tokens: at most {limits.new_tokens} (found {wanted}).", "max_tokens")
         if wanted is not None and wanted > room:
-            raise too_long(len(prompt), wanted, context, param)
+            raise too_long(len(prompt), wanted, room, context, param)
         return Order(
             prompt=prompt,
             seeds=asked.seeds(),
@@ -170,6 +170,7 @@ class _Service:
             temperature=max(asked.temperature, COLDEST),
             top_p=max(asked.top_p, NARROWEST),
             stop=asked.stop,
+            chat=isinstance(asked, ChatRequest),
         )
 
     def _known(self, name: str | None) -> None:

@@ -8,7 +8,8 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
-from search.switching.serving.errors import ApiError, closing, failed, full, timed_out
+from search.errors import ConfigError
+from search.switching.serving.errors import ApiError, closing, failed, full, invalid, timed_out
 from search.switching.writer import Piece, Writer
 
 LOGGER = logging.getLogger("mergefront")
@@ -24,6 +25,7 @@ class Order:
     temperature: float
     top_p: float
     stop: tuple[str, ...]
+    chat: bool = False
 
 
 class Ticket:
@@ -35,12 +37,14 @@ class Ticket:
         self._desk, self._deadline, self._seconds = desk, deadline, seconds
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Piece] | ApiError | None] = asyncio.Queue()
+        self.begun = False  # a piece was put; for the writer's thread alone
 
     async def next(self) -> tuple[int, Piece] | None:
         """The next piece and its answer's number, None after the last.
 
         Raises:
-            ApiError: 504 after the time limit, 503 when the server stops, 500 if the writer failed.
+            ApiError: 504 after the time limit, 503 when the server stops, 500 if the writer failed, 400 if it refused
+                the order before its first piece.
         """
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -165,9 +169,12 @@ class Desk:
             except Exception as error:
                 # Out of memory is among them: the next request may fit again.
                 reason = " ".join(str(error).split())
-                LOGGER.error("an answer failed: %s: %s", type(error).__name__, reason)
-                LOGGER.debug("where it failed", exc_info=error)
-                end = failed()
+                if isinstance(error, ConfigError) and not ticket.begun:
+                    end = invalid(reason)
+                else:
+                    LOGGER.error("an answer failed: %s: %s", type(error).__name__, reason)
+                    LOGGER.debug("where it failed", exc_info=error)
+                    end = failed()
             with self._changed:
                 self._running = None  # before its client hears of the end, and may ask again
             ticket.put(end)
@@ -184,6 +191,7 @@ class Desk:
                 top_p=order.top_p,
                 seed=seed,
                 stop=order.stop,
+                chat=order.chat,
             )
             finish = None
             try:
@@ -191,6 +199,7 @@ class Desk:
                     if ticket.cancelled.is_set():
                         return
                     finish = piece.finish
+                    ticket.begun = True
                     ticket.put((index, piece))
                     if finish is not None:
                         break

@@ -65,16 +65,20 @@ def unsupported(what: str, param: str) -> ApiError:
     )
 
 
-def too_long(prompt: int, new: int | None, context: int, param: str) -> ApiError:
-    """400: prompt and answer do not fit into the models' context (`new` None: the prompt alone does not)."""
+def too_long(prompt: int, new: int | None, room: int, context: int, param: str) -> ApiError:
+    """400: prompt and answer do not fit into the models' context (`new` None: the prompt alone does not).
+
+    Args:
+        room: tokens of an answer that would fit; with the prompt they may be fewer than the context.
+    """
     asked = (
-        f"{prompt} tokens"
+        f"the {param} of {prompt} tokens leave no room for an answer"
         if new is None
-        else f"{prompt + new} tokens ({prompt} in the {param}, {new} to write)"
+        else f"you asked for {prompt + new} tokens ({prompt} in the {param}, {new} to write; {room} fit)"
     )
     return ApiError(
         400,
-        f"The maximum context length is {context} tokens, and you asked for {asked}. Shorten the {param}"
+        f"The maximum context length is {context} tokens, and {asked}. Shorten the {param}"
         f"{'' if new is None else ' or ask for fewer tokens'}.",
         param=param,
         code="context_length_exceeded",

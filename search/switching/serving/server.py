@@ -94,7 +94,13 @@ class Server(uvicorn.Server):
             raise Interrupted(arrived[0])
 
 
-def serve(writer: Writer, host: str = "127.0.0.1", port: int = 8000, limits: Limits | None = None) -> None:
+def serve(
+    writer: Writer,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits | None = None,
+    listener: socket.socket | None = None,
+) -> None:
     """Serves until SIGINT or SIGTERM. One line on stderr says where, once requests are answered.
 
     The environment variable MERGEFRONT_API_KEY, if it is set and not empty, is the key that clients must send.
@@ -102,6 +108,7 @@ def serve(writer: Writer, host: str = "127.0.0.1", port: int = 8000, limits: Lim
     Args:
         host: an address of this machine; on a loopback one, only requests for a loopback name are answered.
         port: 0 takes a free one.
+        listener: from `listen` for this host and port, if the caller opened it; closed at the end.
 
     Raises:
         ConfigError: no such address, or the port is taken; nothing has been printed then.
@@ -109,7 +116,7 @@ def serve(writer: Writer, host: str = "127.0.0.1", port: int = 8000, limits: Lim
     """
     limits = limits or Limits()
     key = os.environ.get(API_KEY) or None
-    listener = listen(host, port)
+    listener = listener or listen(host, port)
     with closing(listener), _uvicorn_log():
         local = is_loopback(listener)
         if not local and key is None:
