@@ -11,7 +11,7 @@ import torch
 from objectives.generation import AnswerSampler, Decoding, encode_prompts
 from objectives.stopping import stopping
 from search.errors import ConfigError, EvaluationError
-from search.switching.batch import INSERTED, Start
+from search.switching.batch import INSERTED, Batch, Border, Start
 from search.switching.policies import Always, AtRandom, ByPrompt
 from search.switching.reader import CachedReader, PlainReader, make_reader
 from search.switching.relay import Relay, Relayed
@@ -255,3 +255,61 @@ def test_a_text_that_ends_a_response_ends_it_for_everybody(models: dict[str, Any
     for text in ended:
         assert sum(text.count(end) for end in "aei") == 1
         assert text[-1] in "aei"
+
+
+def test_why_nothing_follows(models: dict[str, Any], tokenizer: Any) -> None:
+    """Behind an early end the last segment is the end: there was room. Without one, room is why it stops there."""
+    turns = Turns(6, last="supervised")
+    relay = relay_of(models, turns, max_new_tokens=28)  # 18, 6, and 4 that are left over
+    starts = [Start(prompt, sample) for prompt in prompts_of(tokenizer) for sample in range(60)]
+    found, _ = relay.run(starts, Always(0), seed=5)
+    seen = set()
+    for one in found:
+        whole = one.authors.count(1) == 6
+        early = one.authors.count(0) < 18  # with room for more, only an end calls the last author
+        seen.add((whole, early))
+        assert one.finish == ("length" if whole and not early else "stop")
+        assert one.cut != early
+    assert {(True, True), (True, False)} <= seen
+
+
+@pytest.mark.parametrize("turns", [Turns(4, last="preferred", closing="So: "), Turns(4, wait="o: ")])
+def test_inserted_text_may_end_a_response(models: dict[str, Any], tokenizer: Any, turns: Turns) -> None:
+    """Whatever were written behind it would be cut off."""
+    relay = relay_of(models, turns, until=("o:",))
+    starts = [Start(prompt, sample) for prompt in prompts_of(tokenizer) for sample in range(12)]
+    found, _ = relay.run(starts, AtRandom(3, 1), seed=5)
+    inserted = [one for one in found if INSERTED in one.authors]
+    assert inserted
+    for one in inserted:
+        place = one.authors.index(INSERTED)
+        assert (one.finish, one.by_text) == ("stop", True)
+        assert one.authors[place:] == [INSERTED] * (len(one.authors) - place)
+        # Nothing was drawn behind it: what was is there, or ended a segment.
+        assert place <= one.drawn <= place + 1
+    for start, one in zip(starts, found, strict=True):
+        batch = Batch(relay, [start])
+        rounds = [author for _, (author,) in batch.rounds(AtRandom(3, 1), 5)]
+        assert batch.responses[0].tokens == one.tokens
+        if turns.last is not None and one in inserted:
+            assert rounds[-1] == 2
+
+
+def test_rounds_say_who_wrote_even_nothing(models: dict[str, Any], tokenizer: Any) -> None:
+    relay = relay_of(models, Turns(5))
+    silent = 0
+
+    class Cycle(Always):
+        def choose(self, border: Border) -> Any:
+            return np.array([len(border.responses[row].borders) % 3 for row in border.rows])
+
+    for sample in range(40):
+        batch = Batch(relay, [Start(prompts_of(tokenizer)[0], sample)])
+        (response,) = batch.responses
+        before = 0
+        for turn, (rows, authors) in enumerate(batch.rounds(Cycle(0), 5)):
+            assert (rows.tolist(), authors.tolist()) == ([0], [turn % 3])
+            assert set(response.authors[before:]) <= {turn % 3}
+            silent += before == len(response.tokens)
+            before = len(response.tokens)
+    assert silent > 0, "somebody must end a response at once"

@@ -18,7 +18,7 @@ from search.switching.labels import label
 from search.switching.standing import ORACLE, feasible, stand
 from search.switching.train import Trained, groups_of, switching_of, taught, train
 from tests.pico import save_experts
-from tests.test_switch_command import STUDY, questions
+from tests.pico_switch import STUDY, questions
 
 
 @pytest.fixture(scope="module")

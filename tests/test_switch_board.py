@@ -33,8 +33,8 @@ from search.switching.arms import Arms
 from search.tables import front_table
 from tests.conftest import Cli
 from tests.pico import CHAT_TEMPLATE, pico_tokenizer, save_experts
+from tests.pico_switch import EVEN, STUDY, run
 from tests.test_report import build_study
-from tests.test_switch_command import EVEN, STUDY, run
 
 LABELS = [
     "switch",
