@@ -60,7 +60,9 @@ def train(
         materials = Materials.open(config, device)
         settings = open_settings(materials, config.switching.turns)
         with RolloutBar(stderr_console(), quiet=GIVEN["quiet"]) as bar:
-            trained = learn(materials, settings, work or Path("runs") / config.name / "rollouts", bar.watch)
+            trained = learn(
+                materials, settings, work or Path("runs") / config.name / "rollouts", bar.watch, bar.learn
+            )
         folder = save_switcher(trained, materials, settings, out, overwrite=overwrite)
     for line in summary(trained):
         print(line)

@@ -89,7 +89,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Parents:
     return Parents.open(str(folders["pre"]), {name: str(folders[name]) for name in ("sft", "post")})
 
 
-@pytest.mark.parametrize("some", subsets(("pre", "sft", "post")), ids="+".join)
+@pytest.mark.parametrize("some", subsets(("pre", "sft", "post")), ids=lambda some: "+".join(sorted(some)))
 def test_the_merged_model_is_the_mean_of_the_parents_tensors(parents: Parents, some: frozenset[str]) -> None:
     live = LiveModel(parents)
     live.apply(soup_blend(parents, dict.fromkeys(some, 1 / len(some))))

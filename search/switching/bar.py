@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from search.bar import Bar
+
+if TYPE_CHECKING:
+    from search.switching.lora import Epoch
 
 logger = logging.getLogger("mergefront")
 
@@ -27,3 +31,10 @@ class RolloutBar(Bar):
             self._told[task] = tenth
             level = logging.DEBUG if self.live else logging.INFO
             logger.log(level, "rollouts of %s: %d of %d questions%s", task, done, of, known)
+
+    def learn(self, done: int, of: int, epoch: Epoch | None) -> None:
+        """Shows how far the training of a LoRA is, and what each epoch came to."""
+        self.show(done, of, f"lora: step {done}/{of}")
+        if epoch is not None:
+            held = "" if epoch.held_loss is None else f", {epoch.held_loss:.3f} on questions held out"
+            logger.info("epoch %d: log loss %.3f nats%s", epoch.number, epoch.loss, held)

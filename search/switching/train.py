@@ -1,7 +1,7 @@
 """The main path of Switch Generation: rollouts -> labels -> switcher -> folder.
 
-trained = train(materials, work)          # resumes after any kill
-save_switcher(trained, out)               # `folder`
+trained = train(materials, settings, work)                   # resumes after any kill
+save_switcher(trained, materials, settings, out)             # in `folder`
 """
 
 from __future__ import annotations
