@@ -15,7 +15,7 @@ help:
 	@echo "make compare     engines at equal scored tokens on the quickstart's pair"
 	@echo "make anchors     Functional Dual Anchors beside other merges and controls, three seeds (about half an hour)"
 	@echo "make soups       six experts of one base, and a merge for every taste (about 25 minutes on two cores)"
-	@echo "make switch      checkpoints that take turns beside every other way to use them, five seeds (about 40 minutes)"
+	@echo "make switch      checkpoints that take turns beside every other way to use them, five seeds"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on the 135M pair (about 40 minutes)"
 
 install: $(VENV)/.product
