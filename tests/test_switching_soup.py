@@ -13,13 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.errors import ConfigError, EvaluationError, MergeError
-from search.groups import Group
-from search.merging.blend import make_blend
 from search.merging.live import LiveModel
 from search.merging.methods.dare import merge_dare_ties
 from search.merging.parents import Parents
-from search.space import Axis, CoefficientSpace
-from search.switching.soup import dare_ties_blend, greedy_soup, soup_blend, soup_recipe
+from search.switching.soup import dare_ties_blend, greedy_soup, soup_blend
 from tests.pico import save_experts, save_pair
 
 LAW = settings(deadline=None, max_examples=100)
@@ -108,23 +105,6 @@ def test_a_pair_has_soups_too(tmp_path: Path) -> None:
     weights = greedy_soup(pair.labels, lambda weights: -max(weights.values())).weights
     assert weights == {"pre": 0.5, "post": 0.5}
     assert set(soup_blend(pair, weights).weights.values()) == {(0.5, 0.5)}
-
-
-def test_the_recipe_is_the_same_merge(parents: Parents) -> None:
-    half = len(parents.names) // 2
-    groups = (Group("low", parents.names[:half]), Group("high", parents.names[half:]))
-    space = CoefficientSpace(
-        groups, ("ties",), 0.0, 1.0, ("sft", "post"), axes=(Axis("density", 0.2, 1.0, 1.0),)
-    )
-    for weights in ({"pre": 0.5, "post": 0.5}, {"sft": 1.0}, dict.fromkeys(("pre", "sft", "post"), 1 / 3)):
-        recipe = soup_recipe(space, weights)
-        assert recipe.method == "linear"
-        blend = make_blend(parents, space.by_tensor(recipe), recipe.method, space.options(recipe))
-        assert blend == soup_blend(parents, weights)
-    with pytest.raises(MergeError, match="wanted a number in"):
-        soup_recipe(
-            CoefficientSpace(groups, ("linear",), 0.0, 0.4, ("sft", "post")), {"post": 0.5, "pre": 0.5}
-        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Everything that stands beside a trained switcher, on four levels, and what each of them writes to a split.
+"""Everything that stands beside a trained switcher, level by level, and what each of them writes to a split.
 
 | level | arms |
 |---|---|

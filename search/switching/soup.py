@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from search.errors import ConfigError, EvaluationError, MergeError
 from search.merging.blend import Blend, make_blend
 from search.merging.parents import Parents
-from search.space import CoefficientSpace, Recipe
 
 DENSITY = 0.5
 
@@ -107,20 +106,6 @@ def soup_blend(parents: Parents, weights: Mapping[str, float]) -> Blend:
     """
     shares = _shares(weights, parents.labels)
     return make_blend(parents, dict.fromkeys(parents.names, shares[1:]))
-
-
-def soup_recipe(space: CoefficientSpace, weights: Mapping[str, float]) -> Recipe:
-    """The same as a recipe of a study: each expert's share in all of its groups; arguments as of `soup_blend`.
-
-    Raises:
-        MergeError: as `soup_blend`, or a share out of the space's bounds.
-    """
-    shares = dict(zip(("pre", *space.experts), _shares(weights, ("pre", *space.experts)), strict=True))
-    each = [shares[expert] for expert in space.experts for _ in space.groups]
-    axes = {axis.name: axis.neutral for axis in space.axes}
-    recipe = Recipe("linear", {**dict(zip(space.coefficients, each, strict=True)), **axes})
-    space.to_vector(recipe)  # for its checks
-    return recipe
 
 
 def dare_ties_blend(parents: Parents, density: float = DENSITY, seed: int = 0) -> Blend:

@@ -6,7 +6,6 @@ save_switcher(trained, materials, settings, out)             # in `folder`
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,6 @@ from search.switching.lora import Watch as LoraWatch
 from search.switching.lora import train_lora
 from search.switching.rollouts import Asked, RolloutOptions, derived, roll
 from search.switching.switcher import features_of
-
-logger = logging.getLogger("mergefront")
 
 FOLDS = 5
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -115,7 +116,7 @@ def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-class Form:
+class Form(ABC):
     """Turns the pieces of one request's answers into what is sent; both endpoints differ in nothing else.
 
     Attributes:
@@ -147,9 +148,9 @@ class Form:
             prompt_tokens=self.prompt_tokens, completion_tokens=new, total_tokens=self.prompt_tokens + new
         )
 
+    @abstractmethod
     def whole(self) -> bytes:
         """The answers as one JSON object."""
-        raise NotImplementedError
 
     def opening(self) -> Iterable[bytes]:
         """Events before the first piece."""
@@ -167,11 +168,13 @@ class Form:
             yield self._event([], self.usage())
         yield DONE
 
+    @abstractmethod
     def _chunk(self, index: int, text: str | None, finish: Finish, authors: Authors) -> bytes:
-        raise NotImplementedError
+        """An event of one answer: more of its text, or its end."""
 
+    @abstractmethod
     def _event(self, choices: Sequence[_Choice], usage: Usage | None = None) -> bytes:
-        raise NotImplementedError
+        """An event as the endpoint shapes it."""
 
     def _sent(self, answer: _Answer) -> bytes:
         # Null in every chunk but the last where usage was asked for, and no such field where it was not.
