@@ -12,6 +12,11 @@ import torch
 from search.config import load_study_file
 from search.opening import create
 from search.study import run
+from tests.fault_table import (  # noqa: F401 -- hooks and a fixture
+    fault,
+    pytest_configure,
+    pytest_runtest_teardown,
+)
 from tests.pico_study import write_study
 
 Cli = Callable[..., tuple[int, str, str]]
