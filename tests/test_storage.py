@@ -1,9 +1,7 @@
-"""The storage: what may be opened, what is refused in one line, and what two workers see."""
+"""The storage: what it keeps, what two workers see, and what Optuna finds in it. Its faults: tests/faults/."""
 
 from __future__ import annotations
 
-import os
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,33 +11,17 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
 
 from search.database import connect, exclusive, shown
-from search.errors import DiskError, MergefrontError, StorageError
+from search.errors import StorageError
 from search.storage import StudyStore
 from search.worker import Worker, this_worker
-
-OBJECTIVES = [("accuracy", True), ("ece", False)]
-UNIT = FloatDistribution(0.0, 1.0)
+from tests.faults.stores import OBJECTIVES, claim, new_store
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"
-
-
-def new_store(url: str, name: str = "s") -> StudyStore:
-    store = StudyStore.create(url, name, OBJECTIVES)
-    store.set_attribute("config", {"any": 1})
-    return store
-
-
-def claim(store: StudyStore, **coefficients: float) -> int:
-    with store.exclusive():
-        values = coefficients or {"a": 0.5}
-        said = {"recipe": "r"}
-        return store.claim("search", values, dict.fromkeys(values, UNIT), said, {"tag": [1]}).number
 
 
 def test_a_trial_is_whole_from_its_first_moment(url: str) -> None:
@@ -174,17 +156,6 @@ def test_a_remote_worker_is_dead_after_silence_by_this_clock(
         assert store.adopt() is not None
 
 
-def test_a_late_result_of_a_frozen_worker_is_dropped(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    frozen, other = new_store(url), StudyStore.open(url, "s")
-    number = claim(frozen)
-    other.trials()
-    other.annotate(number, "worker", replace(this_worker(), host="elsewhere").to_json())
-    assert not frozen.complete(number, [0.9, 0.9])
-    frozen.fail(number, "late")
-    frozen.give_back(number)
-    assert other.trials()[0].state == "running"
-
-
 def test_worker_identity() -> None:
     here = this_worker()
     assert Worker.from_json(here.to_json()) == here
@@ -242,130 +213,7 @@ with exclusive({url!r}):
     assert got
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda p: None, StorageError, "no such storage"),
-        (lambda p: p.mkdir(), StorageError, "is a folder"),
-        (lambda p: p.write_text("just text, not a database"), StorageError, "found another kind of file"),
-        (lambda p: p.write_bytes(b""), StorageError, "is empty, it holds no study"),
-        (lambda p: _foreign(p), StorageError, "database of something else .tables cats"),
-        (lambda p: _truncated(p), StorageError, "not a sound SQLite database"),
-        (lambda p: _future(p), StorageError, "runtime optuna version"),
-    ],
-    ids=["missing", "folder", "text", "empty", "foreign", "truncated", "future"],
-)
-def test_what_is_no_study_is_refused_and_left_untouched(
-    tmp_path: Path, make: object, error: type[MergefrontError], message: str
-) -> None:
-    path = tmp_path / "study.db"
-    make(path)  # type: ignore[operator]
-    before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(error, match=message) as refusal:
-        StudyStore.open(f"sqlite:///{path}", "s")
-    assert "\n" not in str(refusal.value)
-    assert str(path) in str(refusal.value)
-    assert (path.read_bytes() if path.is_file() else None) == before
-
-
-def _foreign(path: Path) -> None:
-    with sqlite3.connect(path) as database:
-        database.execute("create table cats (name text)")
-    database.close()
-
-
-def _truncated(path: Path) -> None:
-    store = new_store(f"sqlite:///{path}")
-    for _ in range(20):
-        claim(store)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 2 // 3])
-
-
-def _future(path: Path) -> None:
-    new_store(f"sqlite:///{path}")
-    with sqlite3.connect(path) as database:
-        database.execute("update version_info set schema_version = 99")
-        database.execute("update alembic_version set version_num = 'v99.0.0'")
-    database.close()
-
-
-def test_an_empty_file_or_a_missing_folder_becomes_a_storage_when_launching(tmp_path: Path) -> None:
-    (tmp_path / "empty.db").write_bytes(b"")
-    new_store(f"sqlite:///{tmp_path / 'empty.db'}")
-    new_store(f"sqlite:///{tmp_path / 'a/b/study.db'}")
-
-
-def test_a_full_database_is_named_and_can_go_on_later(url: str, tmp_path: Path) -> None:
-    store = new_store(url)
-    kept = claim(store)
-    store.complete(kept, [0.5, 0.5])
-    pages = store._storage.engine.connect().exec_driver_sql("pragma page_count").scalar()
-    limit = lambda c, _: c.execute(f"pragma max_page_count = {pages}")  # noqa: E731
-    import sqlalchemy
-
-    engine = store._storage.engine
-    engine.dispose()
-    sqlalchemy.event.listen(engine, "connect", limit)
-
-    def fill() -> None:
-        for index in range(2000):
-            claim(store, **{f"group.{index}.{j}": 0.5 for j in range(20)})
-
-    with pytest.raises(DiskError, match=r"study\.db: no space left on the disk\. Finished trials are safe"):
-        fill()
-    with sqlite3.connect(tmp_path / "study.db") as database:
-        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
-    database.close()
-    again = StudyStore.open(url, "s")
-    assert again.trials()[0].values == (0.5, 0.5)
-    claim(again)
-
-
-def test_a_journal_left_by_a_kill_is_rolled_back(url: str, tmp_path: Path) -> None:
-    store = new_store(url)
-    store.complete(claim(store), [0.5, 0.5])
-    code = f"""
-import os, sqlite3
-c = sqlite3.connect({str(tmp_path / "study.db")!r}, isolation_level=None)
-c.execute("pragma cache_size = 1")
-c.execute("pragma cache_spill = 1")
-c.execute("begin")
-c.execute("create table junk (a)")
-c.executemany("insert into junk values (?)", [("x" * 500,)] * 2000)
-os.kill(os.getpid(), 9)
-"""
-    subprocess.run([sys.executable, "-c", code])
-    assert (tmp_path / "study.db-journal").exists()
-    again = StudyStore.open(url, "s")
-    assert again.trials()[0].values == (0.5, 0.5)
-    claim(again)
-
-
-def test_a_locked_database_is_waited_for(url: str, tmp_path: Path) -> None:
-    store = new_store(url)
-    other = sqlite3.connect(tmp_path / "study.db", isolation_level=None, check_same_thread=False)
-    other.execute("begin exclusive")
-    threading.Timer(1.5, lambda: other.execute("rollback")).start()
-    began = time.monotonic()
-    claim(store)
-    assert time.monotonic() - began > 1.0
-
-
-def test_a_locked_database_is_named_after_the_time_limit(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("search.database.BUSY_SECONDS", 0.2)
-    store = new_store(url)
-    other = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
-    other.execute("begin exclusive")
-    with pytest.raises(StorageError, match="another process held the database"):
-        claim(store)
-    other.execute("rollback")
-    claim(store)
-
-
-def test_urls(tmp_path: Path) -> None:
+def test_urls() -> None:
     for url in ("mysql://x/y", "journal.log", "redis://localhost", "sqlite:///", "sqlite:///:memory:"):
         with pytest.raises(StorageError):
             connect(url, create=True)
@@ -377,10 +225,6 @@ def test_urls(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no connection") as refusal:
         connect("postgresql+psycopg://me:secret@127.0.0.1:1/x", create=True)
     assert "secret" not in str(refusal.value)
-    if os.geteuid() != 0:
-        (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(DiskError, match="cannot be written"):
-            connect(f"sqlite:///{tmp_path / 'locked/study.db'}", create=True)
 
 
 def test_a_stopped_trial_is_a_pruned_one_to_optuna(url: str) -> None:
