@@ -16,6 +16,7 @@ from objectives.evidence_file import checked_array, read_evidence, write_evidenc
 from objectives.outcomes import Floats
 from search.database import sqlite_path
 from search.errors import DiskError, StorageError
+from search.staging import FULL
 
 if TYPE_CHECKING:
     from objectives.generation import Generations
@@ -84,8 +85,13 @@ class EvidenceFolder:
             staged = self.path / f"new-{uuid.uuid4().hex}.safetensors"
             digest = write(staged)
             os.replace(staged, self._file(digest))
-        except OSError as error:
-            raise DiskError(f"{self.path}: evidence cannot be written: {error.strerror}.") from error
+        except (OSError, DiskError) as error:
+            cause = error.__cause__ if isinstance(error, DiskError) else error
+            if isinstance(cause, OSError) and cause.errno in FULL:
+                why = "no space left on the disk. Finished trials are safe; make room and resume."
+            else:
+                why = f"evidence cannot be written: {getattr(cause, 'strerror', None) or error}."
+            raise DiskError(f"{self.path}: {why}") from error
         return digest
 
     def _existing(self, digest: str) -> Path:

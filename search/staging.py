@@ -18,7 +18,7 @@ from search.errors import DiskError, ExportError
 logger = logging.getLogger("mergefront")
 
 _PART, _OLD = ".part", ".old"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MIB = 2**20
 
 
@@ -121,7 +121,7 @@ def disk_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         at = error.filename if isinstance(error.filename, str) else ""
         file = f" (while writing {Path(at).name})" if at else ""
-        if error.errno in _FULL:
+        if error.errno in FULL:
             why = "" if error.errno == errno.ENOSPC else f": {error.strerror}"
             raise DiskError(
                 f"{where}: no space left on the disk{why}{file}. Nothing was changed; trials are safe."
