@@ -228,6 +228,13 @@ class StudyStore:
             if self._is_mine(number):
                 self._set_state(number, TrialState.WAITING)
 
+    def take_back(self) -> None:
+        """Puts back what this very process left running when an earlier run of it could not even give it back."""
+        with self.exclusive():
+            for record in self._refreshed().open:
+                if record.state == "running" and record.attributes.get("worker") == this_worker().to_json():
+                    self._set_state(record.number, TrialState.WAITING)
+
     @contextmanager
     def beating(self, number: int) -> Iterator[None]:
         """Shows workers elsewhere that this worker lives, while the block runs."""

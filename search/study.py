@@ -139,6 +139,7 @@ def run(
     worker = _Worker(
         store, materials, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()
     )
+    store.take_back()
     before = store.trials()
     worker.observer.started(before, first + int(store.attribute("trials")))
     for trial in _asked(worker, first=len(before)):
