@@ -129,16 +129,20 @@ def start(
     *,
     before: Callable[[], None] = nothing,
     diary: Path | str = "",
+    forked: bool = False,
     **options: Any,
 ) -> Any:
     """Starts a run in a child process that strikes at `step` of the trials from `number` on.
 
     Args:
         before: what the child does first. diary: as in `Striker`.
+        forked: from this process, which must be a child that computed nothing, to see the disks that it mounted.
         options: of `create`, such as `grace`.
     """
     arguments = (str(study), url, step, number, strike, before, str(diary), options)
-    process = context.Process(target=_run, args=arguments)
+    process = (multiprocessing.get_context("fork") if forked else context).Process(
+        target=_run, args=arguments
+    )  # type: ignore[attr-defined]
     process.start()
     return process
 
