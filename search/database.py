@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,7 +18,16 @@ from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.errors import DiskError, MergefrontError, StorageError
+from search.errors import DiskError, LostConnectionError, MergefrontError, StorageError
+from search.server import (
+    FULL,
+    WAIT_SECONDS,
+    SessionLostError,
+    engine_options,
+    is_lost,
+    session_lock,
+    session_try,
+)
 
 BUSY_SECONDS = 60  # how long a writer waits for another process that holds the database
 
@@ -35,9 +43,12 @@ def shown(url: str) -> str:
     if path is not None:
         return str(path)
     try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+        parts = sqlalchemy.engine.make_url(url)
     except (SQLAlchemyError, ValueError):
-        return re.sub(r"//[^@/]*@", "//***@", url)
+        return f"{url.partition('://')[0]}://..."  # who knows which part is the password
+    if "@" in (parts.host or ""):
+        return f"{parts.drivername}://..."  # a password with an @ in it
+    return parts.difference_update_query(["password", "sslpassword"]).render_as_string(hide_password=True)
 
 
 def connect(url: str, *, create: bool) -> RDBStorage:
@@ -56,7 +67,13 @@ def connect(url: str, *, create: bool) -> RDBStorage:
         _check_sqlite(path, create)
         arguments: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}}
     elif url.startswith(("postgresql://", "postgresql+psycopg://")):
-        arguments = {"pool_pre_ping": True}
+        try:
+            arguments = engine_options(url)
+        except (SQLAlchemyError, ValueError) as error:
+            raise StorageError(
+                f"{shown(url)}: not a URL of a server, wanted postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE. "
+                "Write special characters of a password as %XX."
+            ) from error
     else:
         raise StorageError(f"{shown(url)}: wanted sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -66,11 +83,12 @@ def connect(url: str, *, create: bool) -> RDBStorage:
 
 
 @contextmanager
-def exclusive(url: str, name: str = "") -> Iterator[None]:
+def exclusive(url: str, name: str = "", engine: sqlalchemy.Engine | None = None) -> Iterator[None]:
     """One process at a time, over all that use this storage; let go by the system if the process dies.
 
     Args:
         name: on a server, processes at other studies need not wait.
+        engine: of a server's storage. What this thread does with it meanwhile fails once the lock is lost.
     """
     path = sqlite_path(url)
     with ExitStack() as held:
@@ -79,7 +97,7 @@ def exclusive(url: str, name: str = "") -> Iterator[None]:
                 handle = held.enter_context(open(f"{path}.lock", "a"))
                 fcntl.flock(handle, fcntl.LOCK_EX)
             else:
-                _advised(held, url, name, "pg_advisory_lock")
+                held.enter_context(session_lock(engine or _server(url), name))
         yield
 
 
@@ -101,24 +119,13 @@ def reserved(url: str, name: str) -> Iterator[bool]:
                 except BlockingIOError:
                     mine = False
             else:
-                mine = _advised(held, url, f"reserved:{name}", "pg_try_advisory_lock")
+                mine = held.enter_context(session_try(_server(url), f"reserved:{name}"))
         yield mine
-
-
-def _advised(held: ExitStack, url: str, name: str, function: str) -> bool:
-    """Takes an advisory lock of PostgreSQL until `held` ends; False if a function that does not wait had to."""
-    # Without a transaction, which would stand open as long as the lock is held.
-    connection = held.enter_context(_server(url).connect().execution_options(isolation_level="AUTOCOMMIT"))
-    key = {"key": crc32(f"mergefront:{name}".encode())}
-    if connection.scalar(sqlalchemy.text(f"select {function}(:key)"), key) is False:
-        return False
-    held.callback(connection.execute, sqlalchemy.text("select pg_advisory_unlock(:key)"), key)
-    return True
 
 
 @cache
 def _server(url: str) -> sqlalchemy.Engine:
-    return sqlalchemy.create_engine(_with_driver(url), pool_pre_ping=True)
+    return sqlalchemy.create_engine(_with_driver(url), **engine_options(url))
 
 
 def _with_driver(url: str) -> str:
@@ -132,7 +139,7 @@ def translated(url: str) -> Iterator[None]:
         yield
     except MergefrontError:
         raise
-    except (OptunaError, SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
+    except (OptunaError, SQLAlchemyError, SessionLostError, sqlite3.Error, OSError, ValueError) as error:
         raise _one_line(shown(url), error) from error
     except ModuleNotFoundError as error:
         raise StorageError(
@@ -169,9 +176,22 @@ def _one_line(where: str, error: BaseException) -> MergefrontError:
         return StorageError(
             f"{where}: not a sound SQLite database. Restore a copy, or give another --storage."
         )
+    if is_lost(error):
+        return LostConnectionError(
+            f"{where}: the connection was lost: {_first_line(causes[-1])}. Finished trials are safe; resume."
+        )
+    if any(said in text for said in FULL):
+        return StorageError(
+            f"{where}: the server has had no connection left for {WAIT_SECONDS:.0f} s. Raise its max_connections, or "
+            "start fewer workers; then resume."
+        )
     if "could not connect" in text or ("connection" in text and "failed" in text):
-        return StorageError(f"{where}: no connection: {causes[-1].strip().splitlines()[0]}.")
+        return StorageError(f"{where}: no connection: {_first_line(causes[-1])}.")
     return StorageError(f"{where}: {' '.join(causes[-1].split())[:300]}.")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0].rstrip(".") if text.strip() else "no reason given"
 
 
 def _check_sqlite(path: Path, create: bool) -> None:

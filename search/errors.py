@@ -44,6 +44,10 @@ class StorageError(MergefrontError):
     exit_code = 4
 
 
+class LostConnectionError(StorageError):
+    """The storage's server ended a connection in the middle of something: what was under way may be done or not."""
+
+
 class DiskError(MergefrontError):
     """No space, no permission, or a folder that is in the way."""
 

@@ -22,7 +22,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
 from search.database import connect, exclusive, shown, sqlite_path, translated
-from search.errors import StorageError
+from search.errors import LostConnectionError, StorageError
 from search.trials import History, State, TrialRecord, TrialTables
 from search.worker import Worker, this_worker
 
@@ -113,7 +113,7 @@ class StudyStore:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Holds the study for this worker alone, over processes and machines. Not re-entrant."""
-        with exclusive(self.url, self.name):
+        with exclusive(self.url, self.name, self._storage.engine):
             yield
 
     def attribute(self, key: str) -> Any:
@@ -256,19 +256,39 @@ class StudyStore:
             yield
         finally:
             stop.set()
-            thread.join()
+            thread.join(
+                BEAT_SECONDS / 4
+            )  # it may be waiting for a server that is away; a beat too many does no harm
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _finish(
         self, number: int, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]
     ) -> bool:
+        try:
+            return self._told(number, state, values, attributes, again=False)
+        except LostConnectionError as error:  # what was measured took long: it is not thrown away for that
+            logger.warning("telling trial %d once more: %s", number, error)
+            return self._told(number, state, values, attributes, again=True)
+
+    def _told(
+        self,
+        number: int,
+        state: TrialState,
+        values: list[float] | None,
+        attributes: Mapping[str, Any],
+        *,
+        again: bool,
+    ) -> bool:
         with self.exclusive():
-            if not self._is_mine(number):
+            record = self._read(number)
+            if not self._owns(record):
                 logger.warning(
                     "trial %d was taken over by another worker; this late result is dropped", number
                 )
                 return False
+            if record.state != "running":
+                return again and record.state in ("complete", "stopped")  # told, and the answer was lost
             for key, value in attributes.items():
                 self.annotate(number, key, value)
             self._set_state(number, state, values=values)
@@ -280,17 +300,24 @@ class StudyStore:
         return self._history
 
     def _is_mine(self, number: int) -> bool:
-        # Read past the history: the heart beats in a thread of its own.
-        with translated(self.url):
-            ((_, record),) = self._tables.read([self._history.id_of(number)])
-        return record.state == "running" and record.attributes.get("worker") == this_worker().to_json()
+        record = self._read(number)
+        return record.state == "running" and self._owns(record)
+
+    def _owns(self, record: TrialRecord) -> bool:
+        return bool(record.attributes.get("worker") == this_worker().to_json())
+
+    def _read(self, number: int) -> TrialRecord:
+        # Past the history: the heart beats in a thread of its own.
+        with translated(self.url), self._tables.connected() as connection:
+            ((_, record),) = self._tables.read([self._history.id_of(number)], connection)
+        return record
 
     def _is_orphan(self, record: TrialRecord) -> bool:
         owner = record.attributes.get("worker")
         one_machine = sqlite_path(self.url) is not None
         if owner is None or Worker.from_json(owner).is_known_dead(one_machine=one_machine):
             return True
-        if owner == this_worker().to_json():
+        if self._owns(record):
             return False
         # Seconds of this machine's monotonic clock between two looks at the same beat: no clock is compared with
         # another machine's, and a clock that is set back cannot make a live worker look dead.

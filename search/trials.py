@@ -11,6 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from sys import intern
 from typing import Any, Literal
@@ -93,21 +94,23 @@ class TrialTables:
         self._engine = engine
         self._study_id = study_id
 
-    def ids_after(self, trial_id: int) -> list[int]:
+    @contextmanager
+    def connected(self) -> Iterator[Connection]:
+        """A connection for several readings."""
+        with self._engine.connect() as connection:
+            yield connection
+
+    def ids_after(self, trial_id: int, connection: Connection) -> list[int]:
         """Ids of the study's trials above this one, ascending; so are their numbers."""
         ids = select(_TRIALS.c.trial_id).where(
             _TRIALS.c.study_id == self._study_id, _TRIALS.c.trial_id > trial_id
         )
-        with self._engine.connect() as connection:
-            return list(connection.scalars(ids.order_by(_TRIALS.c.trial_id)))
+        return list(connection.scalars(ids.order_by(_TRIALS.c.trial_id)))
 
-    def read(self, ids: Sequence[int]) -> list[tuple[int, TrialRecord]]:
+    def read(self, ids: Sequence[int], connection: Connection) -> list[tuple[int, TrialRecord]]:
         """Id and record of every trial of ours among `ids`, which ascend."""
-        if not ids:
-            return []
-        with self._engine.connect() as connection:
-            batches = (ids[begin : begin + BATCH] for begin in range(0, len(ids), BATCH))
-            return [read for batch in batches for read in _read(connection, batch)]
+        batches = (ids[begin : begin + BATCH] for begin in range(0, len(ids), BATCH))
+        return [read for batch in batches for read in _read(connection, batch)]
 
 
 def _read(connection: Connection, ids: Sequence[int]) -> Iterator[tuple[int, TrialRecord]]:
@@ -163,8 +166,9 @@ class History:
 
     def refresh(self) -> None:
         """Reads what is new, and again what was not finished when it was read last."""
-        new = self._tables.ids_after(self._newest)
-        read = self._tables.read(self._open + new)
+        with self._tables.connected() as connection:
+            new = self._tables.ids_after(self._newest, connection)
+            read = self._tables.read(self._open + new, connection)
         for trial_id, record in read:
             self._put(trial_id, record)
         self._open = [trial_id for trial_id, record in read if not record.finished]

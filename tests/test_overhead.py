@@ -30,9 +30,9 @@ def test_a_trial_reads_and_writes_the_same_in_a_small_and_in_a_large_study(
     read: list[int] = []
     read_trials = trials.TrialTables.read
 
-    def counting(self: Any, ids: Any) -> Any:
+    def counting(self: Any, ids: Any, connection: Any) -> Any:
         read.append(len(ids))
-        return read_trials(self, ids)
+        return read_trials(self, ids, connection)
 
     monkeypatch.setattr(trials.TrialTables, "read", counting)
     costs = []
