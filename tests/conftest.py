@@ -18,6 +18,7 @@ from tests.fault_table import (  # noqa: F401 -- hooks and a fixture
     pytest_runtest_teardown,
 )
 from tests.pico_study import write_study
+from tests.storages import postgresql, postgresql_url, storage_url  # noqa: F401 -- fixtures
 
 Cli = Callable[..., tuple[int, str, str]]
 
