@@ -17,6 +17,7 @@ from tests.fault_table import (  # noqa: F401 -- hooks and a fixture
     pytest_configure,
     pytest_runtest_teardown,
 )
+from tests.pico import save_pico
 from tests.pico_study import write_study
 from tests.storages import postgresql, postgresql_url, storage_url  # noqa: F401 -- fixtures
 
@@ -27,6 +28,13 @@ Cli = Callable[..., tuple[int, str, str]]
 def _one_thread() -> None:
     """Pico models are too small to share: threads cost more than they give."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One checkpoint in a single file and the same one in several shards; tests copy what they damage."""
+    folder = tmp_path_factory.mktemp("saved")
+    return save_pico(folder / "single"), save_pico(folder / "sharded", shards=3)
 
 
 @pytest.fixture(scope="session")

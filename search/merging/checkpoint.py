@@ -307,6 +307,9 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
         raise CheckpointError(f"{folder}: both {SINGLE} and {INDEX}: which is meant? Remove one of them.")
+    for path in (single, index):
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path}: not a regular file. Download or save it again.")
     if single.exists():
         return (single,), None
     if index.exists():
