@@ -22,9 +22,10 @@ from objectives.accuracy import accuracy, accuracy_terms
 from objectives.bootstrap import checked_weights, interval, require_questions
 from objectives.diversity import DIVERSITY_NAMES, DiversityMetric, get_sampled_metric
 from objectives.outcomes import Floats, Outcomes
-from search.errors import ConfigError
+from search.errors import ConfigError, EvaluationError
 
 MAX_BINS = 1000
+_ROUNDING = 1e-9  # how far beyond its range a mean of float64 numbers may come to lie
 
 _Function = Callable[[Outcomes, Floats | None], Floats]
 
@@ -73,13 +74,30 @@ class Metric:
         return values
 
     def value(self, outcomes: Outcomes) -> float:
-        """The metric on the questions themselves."""
-        return float(self(outcomes)[0])
+        """The metric on the questions themselves.
+
+        Raises:
+            EvaluationError: what was computed is not one finite number in the metric's range.
+        """
+        found, (low, high) = self(outcomes), self.bounds
+        if found.shape != (1,):
+            raise EvaluationError(f"{self.name}: found {found.size} values, wanted one.")
+        value = float(found[0])
+        if not low - _ROUNDING <= value <= high + _ROUNDING:  # NaN fails, too
+            raise EvaluationError(
+                f"{self.name}: found {value}, wanted a finite number between {low:g} and {high:g}."
+            )
+        return value
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value it can have."""
+        best = 1.0 if self.maximize else 0.0
+        return min(self.worst, best), max(self.worst, best)
 
     def interval(self, value: float, samples: Floats, level: float = 0.95) -> tuple[float, float]:
         """The basic bootstrap interval of `value` from its `(b,)` samples, cut to the metric's range."""
-        best = 1.0 if self.maximize else 0.0
-        return interval(samples, level, value=value, bounds=(min(self.worst, best), max(self.worst, best)))
+        return interval(samples, level, value=value, bounds=self.bounds)
 
 
 _SIMPLE: dict[str, tuple[bool, float, _Function]] = {  # name -> maximize, worst value, function
