@@ -54,7 +54,7 @@ SCHEMA = 1
 # Where things lie, and how long to search: may differ between two runs of one study. What lies there is
 # compared by content (the digests of parents and questions), not by path.
 _NOT_IDENTITY = re.compile(
-    r"^(trials|tokens|switching(\..+)?|parents\.(pre|post|experts\.[^.]+)|tasks\.\d+\.path"
+    r"^(trials|tokens|trial_seconds|switching(\..+)?|parents\.(pre|post|experts\.[^.]+)|tasks\.\d+\.path"
     r"|diversity\.(prompts|equivalence)|preferences\.[^.]+\.model)$"
 )
 
@@ -65,6 +65,9 @@ class StudyConfig(Section):
     The search ends after `trials` trials beyond the baselines (those stopped early count), or before the trial with
     which it could exceed `tokens` scored tokens (baselines, proposals and partial evaluations counted; the report split
     is not), whichever is first.
+
+    A trial whose merge and scores take longer than `trial_seconds` fails with that reason and the search goes on; the
+    time is looked at between batches, on the search split. Where no trial reaches it, it changes nothing.
 
     `batch_tokens` is how many tokens are scored at once, padding counted; without it the study measures what is
     fastest on each kind of device and keeps to it. Another number changes the last bits of the scores, so give one
@@ -89,6 +92,7 @@ class StudyConfig(Section):
     switching: SwitchingConfig | None = None
     trials: int = Field(default=64, ge=0, le=1_000_000)
     tokens: int | None = Field(default=None, ge=1, le=2**53)
+    trial_seconds: float | None = Field(default=None, gt=0.0, le=1e9)
     batch_tokens: int | None = Field(default=None, ge=1, le=2**24)
 
     @field_validator("objectives")

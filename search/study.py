@@ -26,13 +26,8 @@ from objectives.metrics import Metric
 from search.baselines import missing_baseline
 from search.batches import size_batches, size_batches_held
 from search.budget import within_tokens
-from search.errors import (
-    DiskError,
-    EvaluationError,
-    MergeError,
-    StorageError,
-    TooManyFailuresError,
-)
+from search.deadline import Deadline
+from search.errors import DiskError, EvaluationError, MergeError, StorageError, TooManyFailuresError
 from search.evidence import EvidenceFolder
 from search.fidelity.stages import Scored, Stages, as_learnt
 from search.front import non_dominated
@@ -226,7 +221,7 @@ def _affordable(worker: _Worker, history: Sequence[TrialRecord]) -> bool:
 def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
     """merge -> evaluate -> evidence -> tell. The tell is the commit point: whatever ends the process before it, the
     next worker runs the same recipe again."""
-    store, observer = worker.store, worker.observer
+    store, observer, failure = worker.store, worker.observer, ""
     try:
         with store.beating(trial.number):
             result = _known(store, trial) or _measured(worker, trial)
@@ -241,14 +236,15 @@ def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
         raise
     except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:
         # RuntimeError is how torch says out of memory; what it says is kept with the trial.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        store.fail(trial.number, reason)
-        _free_memory()
+        failure = " ".join(str(error).split()) or type(error).__name__
+        store.fail(trial.number, failure)
         if trial.kind != "search":
             raise EvaluationError(
-                f"trial {trial.number} ({trial.kind}): {reason} A study needs its baselines."
+                f"trial {trial.number} ({trial.kind}): {failure} A study needs its baselines."
             ) from error
-        observer.failed(trial, reason)
+    if failure:
+        _free_memory()  # out here: within the handler the error still holds what the trial had allocated
+        observer.failed(trial, failure)
         return
     if told and result.stopped:
         observer.stopped(trial, str(result.attributes["reason"]))
@@ -310,18 +306,23 @@ def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Score
     materials, observer, watch = worker.materials, worker.observer, worker.watch
     if (tokens := size_batches(worker.store, materials)) is not None:
         observer.batches(tokens)
+    materials.evaluator(split)  # loaded and tokenised once, which no trial's time limit shall pay for
+    deadline = Deadline(materials.config.trial_seconds if split == "search" else None)
+    progress = deadline.watching(observer.evaluating)
     observer.step("merging", trial)
     with watch.measuring("merge"):
         materials.merge(trial.recipe)
+    deadline.check("the merge")
     observer.step("merged", trial)
     with watch.measuring("score"):
         stages = worker.stages if split == "search" and trial.kind == "search" else None
         if stages is None:
-            evaluation = materials.evaluate(split, observer.evaluating)
+            evaluation = materials.evaluate(split, progress)
             scored = Scored(evaluation, len(evaluation.outcomes))
         else:
-            scored = stages.score(trial, worker.store.trials(), observer.evaluating)
+            scored = stages.score(trial, worker.store.trials(), progress)
         diversity = None if scored.verdict is not None else materials.diversify(split)
+    deadline.check("its end")
     observer.step("evaluated", trial)
     return scored, diversity
 

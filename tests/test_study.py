@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from objectives.evaluator import Evaluation
 from search.baselines import BASELINES
 from search.budget import expected_trials, set_budget, set_tokens
 from search.config import load_study_file
-from search.errors import DiskError, EvaluationError, TooManyFailuresError
+from search.errors import DiskError
 from search.evidence import EvidenceFolder
 from search.materials import Materials
-from search.observer import Observer
 from search.opening import create
 from search.samplers import Proposal
 from search.status import read_status
-from search.storage import StudyStore, TrialRecord
+from search.storage import StudyStore
 from search.study import front_of, run
 from tests.pico_study import write_study
 
@@ -32,67 +28,6 @@ FIRST = len(BASELINES)
 def opened(tmp_path: Path) -> tuple[StudyStore, Materials]:
     study = write_study(tmp_path, trials=6)
     return create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
-
-
-class Failing(Observer):
-    """Raises from within the evaluation of the trials that `when` names."""
-
-    def __init__(self, when: Callable[[int], bool], error: BaseException) -> None:
-        self._when, self._error, self._trial = when, error, -1
-        self.reasons: list[str] = []
-
-    def step(self, step: str, trial: TrialRecord) -> None:
-        self._trial = trial.number
-        if step == "merged" and self._when(trial.number):
-            raise self._error
-
-    def failed(self, trial: TrialRecord, reason: str) -> None:
-        self.reasons.append(reason)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [EvaluationError("question 3: not a number."), RuntimeError("CUDA out of memory"), MemoryError()],
-    ids=["evaluation", "torch", "memory"],
-)
-def test_a_failing_trial_is_recorded_and_replaced(
-    opened: tuple[StudyStore, Materials], error: Exception
-) -> None:
-    store, materials = opened
-    observer = Failing(lambda number: number in (FIRST, FIRST + 2), error)
-    run(store, materials, observer)
-    trials = store.trials()
-    assert [t.number for t in trials if t.state == "failed"] == [FIRST, FIRST + 2]
-    assert sum(t.state == "complete" for t in trials) == FIRST + 6
-    assert trials[FIRST].attributes["error"] == observer.reasons[0] != ""
-
-
-def test_a_defect_is_no_failed_trial(opened: tuple[StudyStore, Materials]) -> None:
-    """A bug must show itself: only what a recipe can cause is recorded as its failure."""
-    store, materials = opened
-    with pytest.raises(KeyError):
-        run(store, materials, Failing(lambda number: number == FIRST, KeyError("bug")))
-
-
-def test_five_failures_in_a_row_stop_the_study(opened: tuple[StudyStore, Materials]) -> None:
-    store, materials = opened
-    with pytest.raises(
-        TooManyFailuresError, match=r"trials 11 to 15 failed in a row; the last one: no\. Mend"
-    ):
-        run(store, materials, Failing(lambda number: number >= FIRST, EvaluationError("no.")))
-    assert len(store.trials()) == FIRST + 5
-    run(store, materials)  # mended
-    assert sum(t.state == "complete" for t in store.trials()) == FIRST + 6
-
-
-def test_a_failing_baseline_ends_the_study_at_once(opened: tuple[StudyStore, Materials]) -> None:
-    store, materials = opened
-    with pytest.raises(EvaluationError, match=r"trial 1 \(post\): broken. A study needs its baselines"):
-        run(store, materials, Failing(lambda number: number == 1, EvaluationError("broken.")))
-    run(store, materials)  # mended: the baseline is drawn again, and once
-    done = [t for t in store.trials() if t.state == "complete"]
-    assert sorted(t.kind for t in done if t.kind != "search") == ["post", "pre", *["uniform"] * 9]
-    assert len(done) == FIRST + 6
 
 
 def test_a_full_disk_gives_the_trial_back(
@@ -111,24 +46,6 @@ def test_a_full_disk_gives_the_trial_back(
     assert [t.state for t in store.trials()] == ["waiting"]
     run(store, materials)
     assert [t.state for t in store.trials()] == ["complete"] * (FIRST + 6)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_is_none_never_reaches_the_front(
-    opened: tuple[StudyStore, Materials], monkeypatch: pytest.MonkeyPatch, value: float
-) -> None:
-    store, materials = opened
-    count = [0]
-
-    def odd(outcomes: Any, weights: Any = None) -> Any:
-        count[0] += 1
-        return np.array([value if count[0] == FIRST + 2 else 0.5])
-
-    metrics = (replace(materials.metrics[0], function=odd), materials.metrics[1])
-    run(store, replace(materials, metrics=metrics), report=False)
-    failed = [t for t in store.trials() if t.state == "failed"]
-    assert [t.number for t in failed] == [FIRST + 1]
-    assert "wanted a finite number" in failed[0].attributes["error"]
 
 
 def test_a_recipe_proposed_twice_is_scored_once(
