@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from objectives.diversity import DIVERSITY_NAMES, get_sampled_metric
 from objectives.metrics import METRIC_NAMES, find_metric, is_sampled
+from search.config_errors import explain, kind_of
 from search.errors import ConfigError
 from search.merging.methods.table import get_method
 from search.sampler_config import SINGLE_OBJECTIVE, CoarseConfig, SamplerConfig
@@ -276,7 +276,7 @@ def load_study_file(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
         raise ConfigError(f"{where}: cannot be read: {reason}.") from error
     value = load_yaml(text, where)
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: found {_kind(value)}, wanted keys such as name, parents, tasks.")
+        raise ConfigError(f"{where}: found {kind_of(value)}, wanted keys such as name, parents, tasks.")
     apply_overrides(value, overrides)
     return _resolve_paths(parse_study(value, where), path.resolve().parent)
 
@@ -290,7 +290,7 @@ def parse_study(value: object, where: str) -> StudyConfig:
     try:
         return StudyConfig.model_validate(value)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from error
+        raise ConfigError(f"{where}: {explain(error, StudyConfig, _INSIDE)}") from error
 
 
 def differences(stored: StudyConfig, given: StudyConfig) -> list[str]:
@@ -342,57 +342,16 @@ def _resolve_paths(config: StudyConfig, folder: Path) -> StudyConfig:
     return config.model_copy(update=update)
 
 
-# What pydantic adds to the place of an error where a value may be of several types.
-_NO_KEYS = ("[key]", "float", "str", "list[float]", "list[str]")
-
-
-def _explain(error: ValidationError) -> str:
-    details = error.errors()
-    # A misspelt key often shows up twice, as unknown and as missing: the first says what to do.
-    detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    path = [part for part in detail["loc"] if part not in _NO_KEYS]
-    key = ".".join(map(_shown, path))
-    if detail["type"] == "extra_forbidden":
-        hint = difflib.get_close_matches(str(path[-1]), _keys_at(path[:-1]), n=1)
-        return f"{key}: unknown key." + (f" Did you mean '{hint[0]}'?" if hint else "")
-    if detail["type"] == "missing":
-        return f"{key}: missing."
-    message = " ".join(detail["msg"].removeprefix("Value error, ").split()).rstrip(".")
-    found = detail["input"]
-    if detail["type"] != "value_error" and not isinstance(found, dict | list):
-        message = f"found {found!r}: {message[0].lower()}{message[1:]}"
-    return f"{key}: {message}." if key else f"{message}."
-
-
-def _shown(part: object) -> str:
-    """A key as it may be printed: one line, whatever the file holds."""
-    text = str(part)
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
-def _keys_at(path: Sequence[Any]) -> list[str]:
-    model: Any = StudyConfig
-    inside = {
-        "tasks": TaskConfig,
-        "generate": GenerateConfig,
-        "diversity": DiversityConfig,
-        "preferences": PreferenceConfig,
-        "racing": RacingConfig,
-        "fidelity": FidelityConfig,
-        "coarse": CoarseConfig,
-        "switching": SwitchingConfig,
-        "rollouts": RolloutConfig,
-        "lora": LoraConfig,
-    }
-    for index, part in enumerate(path):
-        if isinstance(part, str) and not (index == 1 and path[0] == "preferences"):  # that is a name
-            annotation = model.model_fields[part].annotation if part in model.model_fields else None
-            model = inside.get(part, annotation)
-    fields = getattr(model, "model_fields", {})
-    return [field.alias or name for name, field in fields.items()]
-
-
-def _kind(value: object) -> str:
-    return {type(None): "an empty file", list: "a list", str: "plain text"}.get(
-        type(value), type(value).__name__
-    )
+# Sections by the key under which they stand, where a value may be of several types.
+_INSIDE = {
+    "tasks": TaskConfig,
+    "generate": GenerateConfig,
+    "diversity": DiversityConfig,
+    "preferences": PreferenceConfig,
+    "racing": RacingConfig,
+    "fidelity": FidelityConfig,
+    "coarse": CoarseConfig,
+    "switching": SwitchingConfig,
+    "rollouts": RolloutConfig,
+    "lora": LoraConfig,
+}
