@@ -53,9 +53,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = _files(folder)
     for name in sorted(listed.keys() | set(found)):
         if name not in listed:
-            raise ExportError(f"{folder / name}: is not in the manifest. Remove it, or export again.")
+            raise ExportError(f"{folder / shown(name)}: is not in the manifest. Remove it, or export again.")
         if name not in found:
-            raise ExportError(f"{folder / name}: the manifest lists it but it is missing. Export again.")
+            raise ExportError(
+                f"{folder / shown(name)}: the manifest lists it but it is missing. Export again."
+            )
     for name, (digest, size) in listed.items():
         actual = (folder / name).stat().st_size
         if actual != size:

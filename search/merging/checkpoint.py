@@ -30,6 +30,7 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 # What this project or transformers may read from a model folder; a link with such a name must not lead out.
 _READ = (".json", ".safetensors", ".model", ".jinja", ".txt")
 _MAX_JSON = 64 * 2**20  # bytes; the index of the largest public models has a few megabytes
+_MAX_NAME = 255  # bytes of a file's name, on all usual file systems
 _CHUNK = 2**22  # elements scanned at once: bounds the scratch of a scan, not its result
 
 
@@ -238,10 +239,13 @@ def refuse_remote_code(path: Path, config: dict[str, Any]) -> None:
 
 
 def _sections(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield prefix, values
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _sections(value, f"{prefix}{shown(key)}.")
+    """The object and all objects in it, with their place; without recursion, which a deep file would exhaust."""
+    left = [(prefix, values)]
+    while left:
+        prefix, values = left.pop()
+        yield prefix, values
+        inside = [(key, value) for key, value in values.items() if isinstance(value, dict)]
+        left += [(shown(f"{prefix}{key}") + ".", value) for key, value in reversed(inside)]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -346,7 +350,8 @@ def _read_index(path: Path) -> dict[str, str]:
                 "Save the checkpoint again."
             )
         # A plain name only: this refuses every way out of the folder before a path is built from it.
-        if not file or any(ch in file for ch in "/\\:\0") or file.startswith(".") or not file.isprintable():
+        odd = not file or file.startswith(".") or not file.isprintable() or len(file.encode()) > _MAX_NAME
+        if odd or any(ch in file for ch in "/\\:"):
             raise CheckpointError(
                 f"{path}: weight_map of {shown(name)} is '{shown(file)}', which is not a file name in the "
                 "same folder. Do not use this checkpoint."

@@ -17,6 +17,7 @@ import torch
 from search.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes; the cap of the safetensors library
+MAX_DIMENSIONS = 64  # what torch can hold; a product of more could take for ever
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -139,7 +140,7 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
         raise CheckpointError(
             f"{where}: type {shown(str(dtype))} is unknown (wanted F32, BF16 or F16). Convert the checkpoint."
         )
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
         raise CheckpointError(
             f"{where}: shape {shown(str(shape))} is not a list of sizes. Save the file again."
         )
@@ -150,7 +151,7 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != wanted:
         raise CheckpointError(
-            f"{where}: shape {tuple(shape)} in {dtype} needs {shown(str(wanted))} bytes "
+            f"{where}: shape {shown(str(tuple(shape)))} in {dtype} needs {shown(str(wanted))} bytes "
             f"but the header gives it {offsets[1] - offsets[0]}. Save the file again."
         )
     return Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])

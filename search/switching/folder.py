@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from search import __version__
-from search.errors import ConfigError, ExportError, IncompatibleModelsError
+from search.errors import CheckpointError, ConfigError, ExportError, IncompatibleModelsError
 from search.manifest import read_manifest, write_manifest
 from search.materials import Materials
 from search.merging.checkpoint import read_json
@@ -126,6 +126,8 @@ def read_switcher(folder: Path) -> SwitcherFile:
         detail = error.errors()[0]
         key = ".".join(map(str, detail["loc"]))
         raise ExportError(f"{folder / SWITCHER}: {shown(key)}: {detail['msg']}. Train it again.") from error
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     if about.format != FORMAT or about.host not in about.candidates:
         raise ExportError(f"{folder / SWITCHER}: is of another format, or names no host. Train it again.")
     return about

@@ -77,7 +77,8 @@ def test_broken_index(case: str, saved: tuple[Path, Path], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "value",
     ["../x.safetensors", "/etc/passwd", "a/../../b.safetensors", "a\0.safetensors", "..", "", "x\\y.safetensors",
-     "C:x.safetensors", "sub/x.safetensors", "pytorch_model.bin", 3, None, ["x.safetensors"], "\x1b[2J.safetensors"],
+     "C:x.safetensors", "sub/x.safetensors", "pytorch_model.bin", 3, None, ["x.safetensors"], "\x1b[2J.safetensors",
+     "x" * 300 + ".safetensors"],
 )  # fmt: skip
 def test_hostile_weight_map(
     value: object, saved: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -40,6 +40,10 @@ BROKEN_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "hole": (lambda b: shard({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), "tensor b: leaves a hole"),
     "negative offset": (lambda b: shard({"a": entry(-4, 4)}, bytes(8)), "no byte range"),
     "shape overflow": (lambda b: shard({"a": entry(0, 4, [2**62, 8])}, bytes(4)), "needs"),
+    "many dimensions": (
+        lambda b: shard({"a": entry(0, 4, [2**62] * 20_000)}, bytes(4)),
+        "is not a list of sizes",
+    ),
     "shape of booleans": (lambda b: shard({"a": entry(0, 4, [True])}, bytes(4)), "not a list of sizes"),
     "unknown type": (lambda b: shard({"a": entry(0, 4, dtype="F6")}, bytes(4)), "type F6 is unknown"),
     "entry no object": (lambda b: shard({"a": 3}), "tensor a: no dtype"),
