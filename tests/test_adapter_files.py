@@ -23,7 +23,8 @@ from search.board import read_board
 from search.config import load_study_file
 from search.errors import CheckpointError, DiskError, MergeError
 from search.export import export_rows
-from search.merging.adapters import merged_adapter
+from search.manifest import write_manifest
+from search.merging.adapters import KIND, merged_adapter
 from search.merging.checkpoint import Checkpoint, is_adapter
 from search.merging.lora_config import _KNOWN, _MORE
 from search.merging.parents import Parents
@@ -299,6 +300,7 @@ def flip_last_bits(folder: Path) -> None:
     name = f"{MODULE}.weight"
     tensors[name] = torch.nextafter(tensors[name], torch.tensor(9.0))
     save_file(tensors, file, metadata={"format": "pt"})
+    write_manifest(folder, {"kind": KIND})
 
 
 def test_identity_is_that_of_adapter_and_base(pre: Path, tmp_path: Path) -> None:

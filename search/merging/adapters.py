@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from search.errors import CheckpointError, DiskError, ExportError, MergeError
+from search.manifest import read_manifest, write_manifest
 from search.merging.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -41,6 +43,9 @@ from search.staging import check_space, locked_folder, lone_folder, staged_folde
 FORMAT = 2
 _ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _VARIABLE = "MERGEFRONT_CACHE"
+KIND = "merged-adapter"  # in the manifest
+
+logger = logging.getLogger("mergefront")
 
 
 def merged_adapter(folder: Path, base: Checkpoint) -> Path:
@@ -55,7 +60,7 @@ def merged_adapter(folder: Path, base: Checkpoint) -> Path:
     """
     adapter = Adapter.open(folder, base)
     final = _cache() / _name(adapter.folder, base)
-    if final.exists():
+    if _is_whole(final):
         return final
     dtypes = {base.dtype(name) for name in base.names}
     if len(dtypes) > 1:
@@ -64,14 +69,17 @@ def merged_adapter(folder: Path, base: Checkpoint) -> Path:
             "Save the base in one type first."
         )
     with _in_cache(final):
-        if final.exists():  # another process was first
+        if _is_whole(final):  # another process was first
             return final
+        if damaged := final.exists():
+            logger.warning("%s: does not hold what was written there; it is made again", final)
         check_space(final.parent, base.bytes + 2**20)
-        with staged_folder(final) as staging:
+        with staged_folder(final, overwrite=damaged) as staging:
             save_tensors(base, base.names, lambda name: adapter.apply(base, name), dtypes.pop(), staging)
             for name in TAGALONG:
                 if (adapter.folder / name).is_file():
                     shutil.copyfile(adapter.folder / name, staging / name)
+            write_manifest(staging, {"kind": KIND})
     return final
 
 
@@ -131,6 +139,14 @@ def average_adapters(folders: Sequence[Path], weights: Sequence[float], out: Pat
         save_file(mean, staging / ADAPTER_WEIGHTS)
         text = json.dumps(configs[0], indent=2)
         (staging / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the merged checkpoint is there and every byte of it is what was written."""
+    try:
+        return folder.exists() and read_manifest(folder).get("kind") == KIND
+    except (ExportError, CheckpointError):
+        return False
 
 
 @contextmanager
