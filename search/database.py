@@ -102,24 +102,24 @@ def exclusive(url: str, name: str = "", engine: sqlalchemy.Engine | None = None)
 
 
 @contextmanager
-def reserved(url: str, name: str) -> Iterator[bool]:
+def reserved(url: str, name: str, *, purpose: str = "reserved") -> Iterator[bool]:
     """Whether this process is the one that works on `name`, over all that use this storage; it never waits.
 
-    A process may reserve one name at a time. The system lets go of it if the process dies.
+    A process may reserve one name at a time of each purpose. The system lets go of it if the process dies.
     """
     path = sqlite_path(url)
     with ExitStack() as held:
         with translated(url):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)  # the storage itself may not exist yet
-                handle = held.enter_context(open(f"{path}.reserved", "a"))
+                handle = held.enter_context(open(f"{path}.{purpose}", "a"))
                 try:
                     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, crc32(name.encode()))
                     mine = True
                 except BlockingIOError:
                     mine = False
             else:
-                mine = held.enter_context(session_try(_server(url), f"reserved:{name}"))
+                mine = held.enter_context(session_try(_server(url), f"{purpose}:{name}"))
         yield mine
 
 

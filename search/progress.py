@@ -86,7 +86,7 @@ class ProgressPrinter(Observer):
         self._look(self._store.trials())  # other workers' results, too
         volume = self._hypervolume()
         gained, self._volume = volume - self._volume, volume
-        seconds = time.monotonic() - self._trial_began
+        seconds = self._seconds(trial)
         rank = "front" if self._is_on_front(trial.number) else "dominated"
         scores = "  ".join(f"{n} {v:.4f}" for (n, _), v in zip(self._objectives, values, strict=True))
         kind = "" if trial.kind == "search" else f" ({base_label(trial)})"
@@ -98,7 +98,7 @@ class ProgressPrinter(Observer):
 
     def stopped(self, trial: TrialRecord, reason: str) -> None:
         self._look(self._store.trials())
-        seconds = time.monotonic() - self._trial_began
+        seconds = self._seconds(trial)
         self._say(
             f"trial {trial.number}  stopped early: {reason}  {seconds:.1f} s  "
             f"[{self._tried}/{self._total}  {self._summary(scores=False)}]"
@@ -134,6 +134,10 @@ class ProgressPrinter(Observer):
     @property
     def _tried(self) -> int:
         return len(self._values) + self._stopped
+
+    def _seconds(self, trial: TrialRecord) -> float:
+        """What the storage says of another worker's trial; of one of this process, its own clock."""
+        return time.monotonic() - self._trial_began if trial.seconds is None else trial.seconds
 
     def _say(self, line: str, gained: float = 0.0) -> None:
         """A line for who reads lines, and the bar for who sees it."""

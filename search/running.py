@@ -28,7 +28,7 @@ def run_study(
     """Runs a study and prints its front to stdout.
 
     Args:
-        as_worker: beside another process, which scores the report split and prints.
+        as_worker: beside another process, which prints.
         profile: whether to say where the time went.
     """
     from search.board import read_board
@@ -43,7 +43,7 @@ def run_study(
     use_threads(workers)
     printer = ProgressPrinter(store, materials, stderr_console(), quiet=quiet or as_worker)
     with helpers(workers - 1, store, device, overrides or []), _closing(printer):
-        run(store, materials, printer, report=not as_worker)
+        run(store, materials, printer)
     if profile and (found := read_profile(store.trials())) is not None:
         print(found.text(), file=sys.stderr)
     if not as_worker and not quiet:

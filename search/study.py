@@ -35,6 +35,7 @@ from search.interrupt import Interrupted
 from search.materials import Materials, Split
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
+from search.report_split import score_report_split
 from search.samplers import Engine, Proposal, Sources, WeightedGradient, make_engine
 from search.storage import StudyStore, TrialRecord
 
@@ -339,35 +340,21 @@ def _score_report_split(worker: _Worker, checkpoints: Sequence[int]) -> None:
     for tokens in checkpoints:
         on_front |= front_of(within_tokens(store.trials(), tokens), maximize)
     everybody = worker.materials.config.split.report == "all"
-    known = store.attributes()
-    due = [
-        record
-        for record in done
-        if (everybody or record.kind != "search" or record.number in on_front)
-        and f"report:{record.number}" not in known
-    ]
-    by_recipe = worker.memory.report
-    folder = worker.evidence.path
-    by_recipe |= {
-        (folder, record.attributes["recipe"]): (
-            known[f"report:{record.number}"],
-            known.get(f"diversity:{record.number}"),
-        )
-        for record in done
-        if f"report:{record.number}" in known
-    }
-    for index, record in enumerate(due):
-        worker.observer.reporting(index, len(due))
+    due = [record for record in done if everybody or record.kind != "search" or record.number in on_front]
+    by_recipe, folder, known = worker.memory.report, worker.evidence.path, store.attributes()
+    for record in done:
+        if (answered := known.get(f"report:{record.number}")) is not None:
+            by_recipe[folder, record.attributes["recipe"]] = answered, known.get(f"diversity:{record.number}")
+
+    def score(record: TrialRecord) -> tuple[str, str | None]:
         key = (folder, record.attributes["recipe"])
         if key not in by_recipe:
             scored, diversity = _evaluated(worker, record, "report")
             sampled = None if diversity is None else worker.evidence.save(diversity)
             by_recipe[key] = (worker.evidence.save(scored.evaluation), sampled)
-        answered, sampled = by_recipe[key]
-        if sampled is not None:
-            store.set_attribute(f"diversity:{record.number}", sampled)
-        store.set_attribute(f"report:{record.number}", answered)  # last: its presence says that all is there
-    worker.observer.reporting(len(due), len(due))
+        return by_recipe[key]
+
+    score_report_split(store, due, score, worker.observer)
 
 
 def front_of(records: Sequence[TrialRecord], maximize: Sequence[bool]) -> set[int]:
