@@ -17,15 +17,20 @@ import typer
 
 from search import __version__
 from search.errors import MergefrontError
-from search.interrupt import Interrupted, interruptible
+from search.interrupt import Interrupted, interruptible, tether
 from search.model_commands import models
 from search.naming import open_study, storage_url, study_name
 from search.options import (
     GIVEN,
+    Address,
     AsWorker,
     Device,
+    Engine,
+    EngineName,
     Format,
+    GpusPerWorker,
     Grace,
+    LocalParents,
     Name,
     Profile,
     Set,
@@ -33,9 +38,10 @@ from search.options import (
     SplitName,
     Storage,
     Study,
+    Tether,
     Workers,
 )
-from search.running import run_study
+from search.running import ray_options, run_study
 from search.switch_commands import switch
 
 app = typer.Typer(
@@ -106,6 +112,10 @@ def launch(
     show_config: ShowConfig = False,
     profile: Profile = False,
     grace: Grace = 150.0,
+    engine: EngineName = Engine.local,
+    address: Address = None,
+    gpus_per_worker: GpusPerWorker = None,
+    local_parents: LocalParents = None,
 ) -> None:
     """Creates the study, or continues it when it exists with the same config."""
     from search.budget import set_budget
@@ -117,11 +127,24 @@ def launch(
         print(json.dumps(config.to_json(), indent=2))
         return
     url = storage_url(storage, config.name)
+    ray = ray_options(engine, address, gpus_per_worker)
     with interruptible():
-        store, materials = create(config, url, device, fresh=fresh, grace=grace)
+        here = "cpu" if ray else device  # the devices are elsewhere, and this process only watches
+        store, materials = create(
+            config, url, here, fresh=fresh, grace=grace, local_parents=None if ray else local_parents
+        )
         # A budget that was extended before is not taken back by launching the same file again.
         set_budget(store, trials if trials is not None else max(config.trials, set_budget(store, None)))
-        run_study(store, materials, workers, device, profile=profile, quiet=GIVEN["quiet"])
+        run_study(
+            store,
+            materials,
+            workers,
+            device,
+            ray=ray,
+            local_parents=local_parents,
+            profile=profile,
+            quiet=GIVEN["quiet"],
+        )
 
 
 @app.command()
@@ -140,15 +163,28 @@ def resume(
     device: Device = "auto",
     profile: Profile = False,
     grace: Grace = 150.0,
+    engine: EngineName = Engine.local,
+    address: Address = None,
+    gpus_per_worker: GpusPerWorker = None,
+    local_parents: LocalParents = None,
     as_worker: AsWorker = False,
+    tethered: Tether = False,
 ) -> None:
     """Continues a study from its storage alone. A finished one is left as it is."""
     from search.budget import set_budget, set_tokens
     from search.opening import reopen
 
+    ray = ray_options(engine, address, gpus_per_worker)
     with interruptible():
+        if tethered:
+            tether()
         store, materials = reopen(
-            storage_url(storage, study_name(name)), study_name(name), device, overrides, grace=grace
+            storage_url(storage, study_name(name)),
+            study_name(name),
+            "cpu" if ray else device,
+            overrides,
+            grace=grace,
+            local_parents=None if ray else local_parents,
         )
         set_budget(store, trials)
         set_tokens(store, tokens)
@@ -158,6 +194,8 @@ def resume(
             workers,
             device,
             overrides,
+            ray=ray,
+            local_parents=local_parents,
             as_worker=as_worker,
             profile=profile,
             quiet=GIVEN["quiet"],

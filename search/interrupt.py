@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+TETHER_SECONDS = 20
 
 
 class Interrupted(BaseException):
@@ -34,3 +39,21 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def tether() -> None:
+    """Ends this process with SIGTERM when its input ends: whoever started it is gone, however that came about.
+
+    Should it still be there after `TETHER_SECONDS`, it ends at once.
+    """
+
+    def watch() -> None:
+        with suppress(OSError):
+            while os.read(handle, 4096):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(TETHER_SECONDS)
+        os._exit(128 + signal.SIGTERM)
+
+    handle = sys.stdin.fileno()
+    threading.Thread(target=watch, name="mergefront-tether", daemon=True).start()

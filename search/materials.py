@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
     from objectives.losses import Loss
+    from search.merging.local_parents import LocalParents
     from search.samplers import WeightedGradient
 
 Split = Literal["search", "report"]
@@ -63,8 +64,11 @@ class Materials:
     prompts: PromptSet | None = None
 
     @classmethod
-    def open(cls, config: StudyConfig, device: str = "auto") -> Materials:
+    def open(cls, config: StudyConfig, device: str = "auto", local: LocalParents | None = None) -> Materials:
         """Opens parents and questions.
+
+        Args:
+            local: reads the parents from copies on this machine; the config keeps their own places.
 
         Raises:
             CheckpointError, IncompatibleModelsError, MergeError: the parents cannot be read or merged, or what is given
@@ -72,7 +76,7 @@ class Materials:
             ConfigError: the questions cannot be read, an objective names an unknown task, or `racing` or `fidelity`
                 wants more of the search split than there is.
         """
-        parents = Parents.open(config.parents.pre, config.parents.post_trained)
+        parents = Parents.open(config.parents.pre, config.parents.post_trained, local=local)
         if any(get_method(name).seeded for name in config.merge.methods):
             check_masks(parents)
         tokenizer = parents.tokenizer()

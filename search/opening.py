@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from search import __version__
@@ -10,6 +11,7 @@ from search.config import StudyConfig, apply_overrides, differences, parse_study
 from search.database import shown
 from search.errors import ConfigError, StorageError
 from search.materials import Materials
+from search.merging.local_parents import LocalParents
 from search.storage import StudyStore
 
 STUDY_SCHEMA = 1
@@ -22,6 +24,7 @@ def create(
     *,
     fresh: bool = False,
     materials: Materials | None = None,
+    local_parents: Path | None = None,
     **options: Any,
 ) -> tuple[StudyStore, Materials]:
     """Creates the study, or opens it to continue if it exists with the same config.
@@ -29,12 +32,15 @@ def create(
     Args:
         fresh: refuse a study that exists already.
         materials: those of the config, opened before.
+        local_parents: where copies of the parents are read from (`local_parents`); they are made if they are not there.
 
     Raises:
         ConfigError: the study exists with another config, or `fresh` and it exists, or its engine follows gradients
             and this model has none.
     """
-    materials = materials or Materials.open(config, device)
+    if materials is None:
+        local = _local(local_parents, url, config.name)
+        materials = Materials.open(config, device, local)
     if config.sampler.follows_gradients:
         _ = materials.gradient  # a model without one is refused now, not after the baselines
     _ = materials.preferences  # so is a reward model that does not load
@@ -71,20 +77,37 @@ def create(
 
 
 def reopen(
-    url: str, name: str, device: str = "auto", overrides: Sequence[str] = (), **options: Any
+    url: str,
+    name: str,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    *,
+    local_parents: Path | None = None,
+    **options: Any,
 ) -> tuple[StudyStore, Materials]:
     """Opens an existing study from its storage alone.
 
     Args:
         overrides: new places of parents and tasks (`parents.pre=...`), should they have moved.
+        local_parents: as for `create`.
 
     Raises:
         StorageError: no such study. ConfigError: what lies at the places is not what the study began with.
     """
     store = StudyStore.open(url, name, **options)
-    materials = Materials.open(moved_config(store, overrides), device)
+    materials = Materials.open(moved_config(store, overrides), device, _local(local_parents, url, name))
     check_identity(store, materials.identity)
     return store, materials
+
+
+def _local(root: Path | None, url: str, name: str) -> LocalParents | None:
+    """Copies of the parents below `root`, of those that the study began with if it did."""
+    if root is None:
+        return None
+    store = StudyStore.find(url, name)
+    facts = None if store is None else store.attribute("facts")
+    known = {label: str(one["sha256"]) for label, one in facts["parents"].items()} if facts else {}
+    return LocalParents(root, known)
 
 
 def read_config(url: str, name: str) -> StudyConfig | None:

@@ -12,6 +12,13 @@ import typer
 GIVEN = {"quiet": False, "debug": False}
 
 ADVANCED = "Advanced"
+
+
+class Engine(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
 Study = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name, or its study file.")]
 Storage = Annotated[
@@ -30,7 +37,36 @@ Set = Annotated[
 Device = Annotated[
     str, typer.Option(help="Where the model lives: auto, cpu, cuda, cuda:N, or spread over all GPUs.")
 ]
-Workers = Annotated[int, typer.Option(min=1, max=256, help="Processes that share the study on this machine.")]
+Workers = Annotated[
+    int, typer.Option(min=1, max=256, help="Processes that share the study, on this machine or where Ray is.")
+]
+CLUSTER = "Cluster"
+EngineName = Annotated[
+    Engine,
+    typer.Option("--engine", help="Who places the workers: this process, or Ray.", rich_help_panel=CLUSTER),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="A running Ray cluster, or auto for the one of this machine.  [default: one is started here]",
+        rich_help_panel=CLUSTER,
+    ),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="GPUs of each worker under Ray; 0 for cores only.  [default: 1]", rich_help_panel=CLUSTER
+    ),
+]
+LocalParents = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Copy the parents below this folder of the machine, once, and read them from there.",
+        rich_help_panel=CLUSTER,
+    ),
+]
 Grace = Annotated[
     float,
     typer.Option(min=1, help="Seconds of silence before a remote worker is dead.", rich_help_panel=ADVANCED),
@@ -40,6 +76,7 @@ ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print the effective study file as JSON and stop.")
 ]
 AsWorker = Annotated[bool, typer.Option("--as-worker", hidden=True)]
+Tether = Annotated[bool, typer.Option("--tether", hidden=True)]
 
 
 class Format(StrEnum):

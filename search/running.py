@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.naming import storage_url
 
 if TYPE_CHECKING:
     from search.materials import Materials
+    from search.ray_workers import RayOptions
     from search.storage import StudyStore
+
+
+def ray_options(engine: str, address: str | None, gpus_per_worker: float | None) -> RayOptions | None:
+    """What the options of a command say about Ray; None if it is not asked for.
+
+    Raises:
+        ConfigError: one of them is given without `--engine ray`, or the address is none.
+    """
+    from search.errors import ConfigError
+
+    if engine != "ray":
+        for option, value in (("--address", address), ("--gpus-per-worker", gpus_per_worker)):
+            if value is not None:
+                raise ConfigError(f"{option} {value}: is for Ray. Add --engine ray.")
+        return None
+    from search.ray_workers import LOCAL, RayOptions
+
+    if address not in (None, LOCAL, "auto") and not re.fullmatch(
+        r"[\w.-]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", address
+    ):
+        raise ConfigError(f"--address {address}: wanted auto, or HOST:PORT of a Ray cluster's head.")
+    return RayOptions(address or LOCAL, 1.0 if gpus_per_worker is None else gpus_per_worker)
 
 
 def run_study(
@@ -21,6 +46,8 @@ def run_study(
     device: str,
     overrides: list[str] | None = None,
     *,
+    ray: RayOptions | None = None,
+    local_parents: Path | None = None,
     as_worker: bool = False,
     profile: bool = False,
     quiet: bool = False,
@@ -28,6 +55,8 @@ def run_study(
     """Runs a study and prints its front to stdout.
 
     Args:
+        ray: places all workers through Ray; this process then only watches them. None: they run on this machine.
+        local_parents: where workers keep copies of the parents.
         as_worker: beside another process, which prints.
         profile: whether to say where the time went.
     """
@@ -38,12 +67,20 @@ def run_study(
     from search.progress import ProgressPrinter
     from search.study import run
     from search.tables import front_table
-    from search.workers import helpers, use_threads
+    from search.workers import helpers, resume_command, use_threads
 
-    use_threads(workers)
     printer = ProgressPrinter(store, materials, stderr_console(), quiet=quiet or as_worker)
-    with helpers(workers - 1, store, device, overrides or []), _closing(printer):
-        run(store, materials, printer)
+    if ray is not None:
+        from search.ray_workers import run_on_ray
+
+        total = len(materials.baselines) + int(store.attribute("trials"))
+        with _closing(printer):
+            run_on_ray(store, total, workers, ray, device, overrides or [], printer, local_parents)
+    else:
+        use_threads(workers)
+        command = resume_command(store, device, overrides or [], local_parents)
+        with helpers(workers - 1, store, command), _closing(printer):
+            run(store, materials, printer)
     if profile and (found := read_profile(store.trials())) is not None:
         print(found.text(), file=sys.stderr)
     if not as_worker and not quiet:

@@ -45,13 +45,14 @@ class Worker:
 
 
 @cache
-def _worker(pid: int) -> Worker:
+def worker_of(pid: int) -> Worker:
+    """A process of this machine, by its id."""
     return Worker(socket.gethostname(), _boot_id(), _pid_namespace(), pid, _start_time(pid))
 
 
 def this_worker() -> Worker:
     """The calling process (correct after a fork, too)."""
-    return _worker(os.getpid())
+    return worker_of(os.getpid())
 
 
 def _start_time(pid: int) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from search.storage import StudyStore
 
@@ -24,12 +25,21 @@ def use_threads(workers: int) -> None:
         torch.set_num_threads(_threads(workers))
 
 
-@contextmanager
-def helpers(count: int, store: StudyStore, device: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Runs `count` further workers of the study beside the block, which stop when the budget is complete."""
+def resume_command(
+    store: StudyStore, device: str, overrides: Sequence[str], local_parents: Path | None = None
+) -> list[str]:
+    """The arguments with which a process works on the study beside others; the storage is named in its environment."""
     command = ["resume", store.name, "--device", device, "--grace", str(store.grace), "--as-worker"]
+    if local_parents is not None:
+        command += ["--local-parents", str(local_parents.absolute())]
     for override in overrides:
         command += ["--set", override]
+    return command
+
+
+@contextmanager
+def helpers(count: int, store: StudyStore, command: Sequence[str]) -> Iterator[None]:
+    """Runs `count` further workers of the study beside the block, which stop when there is nothing left to do."""
     with beside([command] * count, store.url):
         yield
 

@@ -23,6 +23,8 @@ from search.merging.tokenizers import compare_tokenizers, load_tokenizer, same_n
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from search.merging.local_parents import LocalParents
+
 __all__ = ["Parents", "resolve"]
 
 # Config keys that base and instruct releases of one model legitimately set differently. The other keys that
@@ -77,7 +79,14 @@ class Parents:
     _tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, pre: str, experts: Mapping[str, str], *, check_values: bool = True) -> Parents:
+    def open(
+        cls,
+        pre: str,
+        experts: Mapping[str, str],
+        *,
+        check_values: bool = True,
+        local: LocalParents | None = None,
+    ) -> Parents:
         """Open all parents and refuse any whose merge would be wrong.
 
         Args:
@@ -85,12 +94,20 @@ class Parents:
             experts: the same for the post-trained ones, by name.
             check_values: read every weight once, to refuse NaN and infinity, and experts that are copies (of memory
                 bandwidth's speed).
+            local: reads folders from copies on this machine.
 
         Raises:
             CheckpointError: one parent is missing, broken or unsafe.
             IncompatibleModelsError: they do not belong together; names the first difference and both values.
         """
         where = {label: resolve(str(place)) for label, place in {"pre": pre, **experts}.items()}
+        if local is not None:
+            where = {
+                label: (local.copy_of(label, folder, place), revision)
+                for (label, (folder, revision)), place in zip(
+                    where.items(), (pre, *experts.values()), strict=True
+                )
+            }
         base = Checkpoint.open(where["pre"][0])
         opened = {"pre": base}
         adapters = {}
@@ -127,6 +144,10 @@ class Parents:
             notes,
         )
         _compare_tensors(parents)
+        if local is not None:
+            for label, one in opened.items():
+                if label not in adapters:
+                    local.check(label, one)
         tokenizer = load_tokenizer(base.folder)
         named: dict[int, tuple[str, str]] = {}
         for label, one in parents.experts.items():
