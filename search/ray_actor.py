@@ -77,6 +77,8 @@ def actor_class() -> type:
             """Lets the worker give its trial back, and comes back when it has ended."""
             import subprocess
 
+            if self.child is None:
+                return
             self.child.terminate()
             try:
                 self.child.wait(seconds)

@@ -252,7 +252,10 @@ class _Driver:
         if running and patience:
             self.ray.wait(running, num_returns=len(running), timeout=patience)
         with suppress(self.ray.exceptions.RayError):
-            stopped = [slot.actor.stop.remote(END_SECONDS) for slot in live if slot.ended is not None]
+            unseen = [slot.began for slot in live if slot.ended is None]
+            placed = self.ray.wait(unseen, num_returns=len(unseen), timeout=0)[0] if unseen else []
+            begun = [slot for slot in live if slot.ended is not None or slot.began in placed]
+            stopped = [slot.actor.stop.remote(END_SECONDS) for slot in begun]
             if stopped:
                 self.ray.wait(stopped, num_returns=len(stopped), timeout=END_SECONDS + 5)
         for slot in live:
