@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from objectives.diversity import DIVERSITY_NAMES, get_sampled_metric
 from objectives.metrics import METRIC_NAMES, find_metric, is_sampled
@@ -343,7 +343,7 @@ def _resolve_paths(config: StudyConfig, folder: Path) -> StudyConfig:
 
 
 # Sections by the key under which they stand, where a value may be of several types.
-_INSIDE = {
+_INSIDE: dict[str, type[BaseModel]] = {
     "tasks": TaskConfig,
     "generate": GenerateConfig,
     "diversity": DiversityConfig,
