@@ -185,7 +185,7 @@ def _one_line(where: str, error: BaseException) -> MergefrontError:
             f"{where}: the server has had no connection left for {WAIT_SECONDS:.0f} s. Raise its max_connections, or "
             "start fewer workers; then resume."
         )
-    if "could not connect" in text or ("connection" in text and "failed" in text):
+    if "failed to resolve" in text or ("connection" in text and "failed" in text):
         return StorageError(f"{where}: no connection: {_first_line(causes[-1])}.")
     return StorageError(f"{where}: {' '.join(causes[-1].split())[:300]}.")
 

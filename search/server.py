@@ -107,7 +107,7 @@ class FewConnections(NullPool):
                 if time.monotonic() - began > WAIT_SECONDS or not self._passes(str(error)):
                     raise
                 if not said:
-                    reason = str(error).strip().splitlines()[-1]
+                    reason = str(error).strip().splitlines()[0]
                     logger.warning("waiting up to %.0f s for a connection: %s", WAIT_SECONDS, reason)
                     said = True
                 time.sleep(pause * _JITTER.uniform(0.5, 1.0))  # not all workers at once
