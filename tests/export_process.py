@@ -1,8 +1,7 @@
-"""Exporting in a child process that meets a full disk or is killed at a chosen place."""
+"""A study to export from, and exporting in a child process that meets a full disk or is killed at a chosen place."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -13,21 +12,36 @@ from typing import Any
 import search.merging.save
 import search.staging
 from search.board import read_board
+from search.config import load_study_file
 from search.export import export_rows
 from search.merging.blend import merging
+from search.merging.checkpoint import file_sha256
+from search.opening import create
 from search.storage import StudyStore
+from search.study import run
+from tests.pico import pico_tokenizer
+from tests.pico_study import write_questions, write_study
+from tests.study_process import context
 
-# Children are forked from a server that has imported everything and computed nothing.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "transformers",
-        "transformers.models.llama.modeling_llama",
-        "tests.study_process",
-        "tests.export_process",
-    ]
-)
+
+def made_study(folder: Path, **keys: Any) -> str:
+    """A finished study with 15 questions on each split; returns its storage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = keys.pop("parents", {"tokenizer": pico_tokenizer(chat_template="{{ messages[0]['content'] }}")})
+    path = write_study(folder, parents=options, trials=3, **keys)
+    write_questions(folder / "questions.jsonl", 30)
+    for parent in ("pre", "post"):
+        (folder / parent / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (folder / "post" / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 7}')
+    url = f"sqlite:///{folder / 'study.db'}"
+    store, materials = create(load_study_file(path), url, "cpu")
+    run(store, materials)
+    return url
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below with its digest."""
+    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def exported(url: str, out: Path, trial: int, *, weights: bool = True, **options: Any) -> Path:
@@ -40,8 +54,8 @@ def exported(url: str, out: Path, trial: int, *, weights: bool = True, **options
 
 def in_child(url: str, out: Path, trial: int, prepare: Callable[[], None], **options: Any) -> tuple[Any, Any]:
     """Starts an export in a child that first calls `prepare`; returns the process and its outcome's queue."""
-    queue = _context.SimpleQueue()
-    process = _context.Process(target=_outcome, args=(url, str(out), trial, prepare, options, queue))
+    queue = context.SimpleQueue()
+    process = context.Process(target=_outcome, args=(url, str(out), trial, prepare, options, queue))
     process.start()
     return process, queue
 
@@ -56,10 +70,6 @@ def _outcome(
         queue.put((type(error).__name__, str(error)))
     else:
         queue.put(("", ""))
-
-
-def nothing() -> None:
-    """No harm."""
 
 
 def limit_files() -> None:

@@ -1,17 +1,12 @@
-"""Export folders of a real study: what is in them, and that they are whole or absent whatever happens."""
+"""Export folders of a real study: what is in them, and where they go. Faults: tests/faults/test_exports.py."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,48 +16,20 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-import search.staging
 from search.board import Board, Row, read_board
 from search.config import load_study_file
-from search.errors import ConfigError, DiskError, ExportError
+from search.errors import ConfigError, ExportError
 from search.export import export_rows, portable_url
 from search.manifest import read_manifest
 from search.materials import Materials
-from search.merging.checkpoint import file_sha256
 from search.merging.save import TAGALONG, save_checkpoint
-from search.opening import create
 from search.picks import pick
 from search.space import Recipe
 from search.storage import StudyStore
 from search.strict_yaml import load_yaml
-from search.study import run
-from tests.export_process import (
-    exported,
-    in_child,
-    kill_before_the_rename,
-    kill_between_the_renames,
-    kill_in_the_middle,
-    limit_files,
-    nothing,
-)
+from tests.export_process import exported, made_study, tree
 from tests.pico import pico_tokenizer
-from tests.pico_study import write_questions, write_study
 from tests.test_mergekit_config import differing, loaded
-
-
-def made_study(folder: Path, **keys: Any) -> str:
-    """A finished study with 15 questions on each split; returns its storage."""
-    folder.mkdir(parents=True, exist_ok=True)
-    options = keys.pop("parents", {"tokenizer": pico_tokenizer(chat_template="{{ messages[0]['content'] }}")})
-    path = write_study(folder, parents=options, trials=3, **keys)
-    write_questions(folder / "questions.jsonl", 30)
-    for parent in ("pre", "post"):
-        (folder / parent / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    (folder / "post" / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 7}')
-    url = f"sqlite:///{folder / 'study.db'}"
-    store, materials = create(load_study_file(path), url, "cpu")
-    run(store, materials)
-    return url
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +51,6 @@ def board(store: StudyStore) -> Board:
 def row(board: Board) -> Row:
     """A search trial: its coefficients differ from group to group."""
     return board.of_kind("search")[0]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below with its digest."""
-    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # -- what is in it ----------------------------------------------------------------------------------------------
@@ -275,139 +237,6 @@ def test_storage_is_written_down_without_password(tmp_path: Path, monkeypatch: p
     assert portable_url("sqlite:///runs/x/study.db") == f"sqlite:///{tmp_path}/runs/x/study.db"
     url = "postgresql+psycopg://me:secret@db.example:5432/studies?password=secret&sslmode=require"
     assert portable_url(url) == "postgresql+psycopg://me@db.example:5432/studies?sslmode=require"
-
-
-# -- whole or absent --------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_changes_nothing(url: str, row: Row, tmp_path: Path) -> None:
-    folder = exported(url, tmp_path, row.trial, weights=False)
-    before = tree(tmp_path)
-    process, queue = in_child(url, tmp_path, row.trial, limit_files, overwrite=True)
-    assert queue.get() == (
-        "DiskError",
-        f"{folder}: no space left on the disk: File too large. Nothing was changed; trials are safe.",
-    )
-    process.join()
-    assert tree(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-    process, queue = in_child(url, tmp_path / "new" / "deep", row.trial, limit_files)
-    assert queue.get()[0] == "DiskError"
-    process.join()
-    assert not (tmp_path / "new").exists()
-    exported(url, tmp_path / "new", row.trial)  # the study is as usable as before
-
-
-def test_too_little_space_is_said_before_anything_is_written(
-    url: str, row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("search.staging.shutil.disk_usage", lambda _: usage._replace(free=2**20))
-    with pytest.raises(
-        DiskError,
-        match=r"no space left on the disk \(needs 1 MiB, 1 MiB free\). Nothing was changed; trials are safe.$",
-    ):
-        exported(url, tmp_path / "out", row.trial)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fills_up_meanwhile(
-    url: str, row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    def full(_: Path) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(search.staging, "sync_tree", full)
-    with pytest.raises(
-        DiskError, match=r"no space left on the disk.* Nothing was changed; trials are safe.$"
-    ):
-        exported(url, tmp_path / "out", row.trial)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("strike", [kill_in_the_middle, kill_before_the_rename])
-def test_killed_it_leaves_nothing_under_the_final_name(
-    url: str, row: Row, tmp_path: Path, strike: Callable[[], None]
-) -> None:
-    process, _ = in_child(url, tmp_path, row.trial, strike)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    name = f"trial-{row.trial:05d}"
-    (left,) = tmp_path.iterdir()
-    assert left.match(f".{name}.{process.pid}-*.part")
-    exported(url, tmp_path, row.trial)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    read_manifest(tmp_path / name)
-
-
-def test_killed_between_two_renames_the_old_export_comes_back(url: str, row: Row, tmp_path: Path) -> None:
-    folder = exported(url, tmp_path, row.trial, weights=False)
-    before = tree(folder)
-    process, _ = in_child(url, tmp_path, row.trial, kill_between_the_renames, overwrite=True)
-    process.join()
-    assert not folder.exists()
-    with pytest.raises(ExportError, match="exists"):
-        exported(url, tmp_path, row.trial)
-    assert tree(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-
-
-def test_of_two_exporters_one_wins_whole(url: str, row: Row, tmp_path: Path) -> None:
-    both = [in_child(url, tmp_path, row.trial, nothing) for _ in range(2)]
-    outcomes = sorted(queue.get() for _, queue in both)
-    for process, _ in both:
-        process.join()
-    assert outcomes[0] == ("", "")
-    assert outcomes[1][0] == "ExportError"
-    assert "exists" in outcomes[1][1]
-    assert [path.name for path in tmp_path.iterdir()] == [f"trial-{row.trial:05d}"]
-    read_manifest(tmp_path / f"trial-{row.trial:05d}")
-
-
-def test_who_waits_for_an_export_that_fails_goes_on(tmp_path: Path) -> None:
-    """The failed one takes the folder away that it made; the other must not write into the removed one."""
-    out, entered, done = tmp_path / "out", threading.Event(), []
-
-    def wait_and_write() -> None:
-        entered.wait(10)
-        with search.staging.locked_folder(out), search.staging.staged_folder(out / "trial-00001") as staging:
-            (staging / "x").write_text("x")
-        done.append(1)
-
-    thread = threading.Thread(target=wait_and_write)
-    thread.start()
-
-    def fail() -> None:
-        with search.staging.locked_folder(out):
-            entered.set()
-            thread.join(0.3)
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    thread.join(10)
-    assert done
-    assert (out / "trial-00001" / "x").read_text() == "x"
-
-
-def test_without_locks_the_rename_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("search.staging.fcntl.flock", no_locks)
-    final = tmp_path / "trial-00001"
-
-    def write() -> None:
-        with search.staging.locked_folder(tmp_path), search.staging.staged_folder(final) as staging:
-            (staging / "x").write_text("mine")
-            final.mkdir()
-            (final / "x").write_text("theirs")
-
-    with pytest.raises(ExportError, match=r"another export made it meanwhile. It is left as it is.$"):
-        write()
-    assert (final / "x").read_text() == "theirs"
-    assert [path.name for path in tmp_path.iterdir()] == [final.name]
 
 
 def test_tokenizer_files_are_all_known(tmp_path: Path) -> None:

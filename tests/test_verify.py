@@ -18,8 +18,7 @@ from search.errors import CheckpointError, ConfigError, ExportError, StorageErro
 from search.manifest import MANIFEST, read_manifest, write_manifest
 from search.storage import StudyStore
 from search.verify import verify_folder
-from tests.export_process import exported
-from tests.test_export import made_study
+from tests.export_process import exported, made_study
 
 
 @pytest.fixture(scope="module")
