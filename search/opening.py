@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from search import __version__
 from search.config import StudyConfig, apply_overrides, differences, parse_study
-from search.database import shown
+from search.database import exclusive, shown, sqlite_path
 from search.errors import ConfigError, StorageError
 from search.materials import Materials
 from search.merging.local_parents import LocalParents
@@ -39,7 +40,7 @@ def create(
             and this model has none.
     """
     if materials is None:
-        local = _local(local_parents, url, config.name)
+        local = _local(local_parents, _begun(url, config.name) if local_parents else None)
         materials = Materials.open(config, device, local)
     if config.sampler.follows_gradients:
         _ = materials.gradient  # a model without one is refused now, not after the baselines
@@ -95,19 +96,28 @@ def reopen(
         StorageError: no such study. ConfigError: what lies at the places is not what the study began with.
     """
     store = StudyStore.open(url, name, **options)
-    materials = Materials.open(moved_config(store, overrides), device, _local(local_parents, url, name))
+    materials = Materials.open(moved_config(store, overrides), device, _local(local_parents, store))
     check_identity(store, materials.identity)
     return store, materials
 
 
-def _local(root: Path | None, url: str, name: str) -> LocalParents | None:
-    """Copies of the parents below `root`, of those that the study began with if it did."""
+def _local(root: Path | None, store: StudyStore | None) -> LocalParents | None:
+    """Copies of the parents below `root`; of those that the study began with, if it did."""
     if root is None:
         return None
-    store = StudyStore.find(url, name)
     facts = None if store is None else store.attribute("facts")
     known = {label: str(one["sha256"]) for label, one in facts["parents"].items()} if facts else {}
     return LocalParents(root, known)
+
+
+def _begun(url: str, name: str) -> StudyStore | None:
+    """The study, if another worker made it before; what is wrong with the storage is said when it is opened to stay."""
+    path = sqlite_path(url)
+    if path is not None and not path.exists():
+        return None
+    with suppress(StorageError), exclusive(url):  # it may be in the making
+        return StudyStore.find(url, name)
+    return None
 
 
 def read_config(url: str, name: str) -> StudyConfig | None:
