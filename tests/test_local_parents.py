@@ -106,9 +106,7 @@ def test_changed_parents_are_refused_and_moved_ones_are_copied_from_their_new_pl
     assert found.identity == materials.identity
     shutil.copytree(study.parent / "pre", study.parent / "post")
     other = tmp_path / "elsewhere"
-    with pytest.raises(
-        ConfigError, match=r"post changed since the study began .*--set parents\.post=FOLDER"
-    ):
+    with pytest.raises(ConfigError, match=r"post changed since the study began .*--set parents\.post=FOLDER"):
         reopen(url, "pico", "cpu", local_parents=other)
     assert len(copies(other)) == 1, "pre, and nothing of the wrong one"
     tokenizer = moved / "tokenizer.json"
