@@ -41,6 +41,7 @@ from search.storage import StudyStore, TrialRecord
 
 MAX_FAILURES_IN_A_ROW = 5  # then the set-up is broken, not the recipes
 POLL_SECONDS = 0.5
+LONGEST_POLL_SECONDS = 5.0  # a server may have hundreds of workers that wait for the last trials
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,16 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
     Args:
         first: number of the first trial of this run: earlier failures may have been mended.
     """
-    store = worker.store
+    store, pause = worker.store, POLL_SECONDS
     while True:
         with worker.watch.measuring("store"), store.exclusive():
             trial = store.adopt() or _drawn(worker, first)
         if trial is not None:
             yield trial
+            pause = POLL_SECONDS
         elif any(record.state in ("running", "waiting") for record in store.trials()):
-            time.sleep(POLL_SECONDS)  # another worker has the last ones; should it die, they are ours
+            time.sleep(pause)  # another worker has the last ones; should it die, they are ours
+            pause = min(LONGEST_POLL_SECONDS, 1.3 * pause)
         else:
             return
 
