@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from search.server import (
     session_try,
 )
 
+_DAMAGED = ("Could not decode", "can't decode", "isoformat", "unknown state")  # what readers of rows say
 BUSY_SECONDS = 60  # how long a writer waits for another process that holds the database
 
 
@@ -145,6 +147,10 @@ def translated(url: str) -> Iterator[None]:
         raise StorageError(
             f"{shown(url)}: PostgreSQL needs the package {error.name}: pip install 'mergefront[postgresql]'."
         ) from error
+    except LookupError as error:
+        if type(error) is LookupError:  # SQLAlchemy: a word that the column's enumeration does not have
+            raise _one_line(shown(url), error) from error
+        raise
     except RuntimeError as error:
         if "runtime optuna version" in str(error):  # the schema is newer or older than this Optuna
             raise StorageError(f"{shown(url)}: {' '.join(str(error).split())}") from error
@@ -187,6 +193,11 @@ def _one_line(where: str, error: BaseException) -> MergefrontError:
         )
     if "failed to resolve" in text or ("connection" in text and "failed" in text):
         return StorageError(f"{where}: no connection: {_first_line(causes[-1])}.")
+    if isinstance(error, LookupError | json.JSONDecodeError) or any(sign in text for sign in _DAMAGED):
+        return StorageError(
+            f"{where}: holds what cannot be read ({' '.join(causes[-1].split())[:200]}). "
+            "Restore a copy, or give another --storage."
+        )
     return StorageError(f"{where}: {' '.join(causes[-1].split())[:300]}.")
 
 

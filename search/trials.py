@@ -132,6 +132,8 @@ def _read(connection: Connection, ids: Sequence[int]) -> Iterator[tuple[int, Tri
     for trial_id, number, state, start, end in trials:
         if "kind" not in attributes[trial_id]:
             continue
+        if state not in _STATES:
+            raise ValueError(f"trial {number}: unknown state {state!r}")
         record = TrialRecord(
             number=number,
             kind=str(attributes[trial_id]["kind"]),
