@@ -23,39 +23,47 @@ _READ_ONLY, _REMOUNT, _RECURSIVE, _PRIVATE = 1, 32, 16384, 1 << 18  # <sys/mount
 _OVERRIDE, _READ_SEARCH = 1, 2  # <linux/capability.h>: what lets root ignore permission bits
 
 
-def on_small_disk(folder: Path, kib: int, body: Callable[..., Any], *arguments: Any) -> Any:
-    """What `body(folder, *arguments)` returns while a disk of this size is mounted at `folder`.
-
-    Skips the test where nobody may mount. What the body asserts fails here.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def in_child(body: Callable[..., Any], *arguments: Any) -> Any:
+    """What `body(*arguments)` returns in a child process; what it asserts, raises or skips counts here."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_mounted, args=(str(folder), kib, body, arguments, sender))
+    process = context.Process(target=_sent, args=(body, arguments, sender))
     process.start()
     kind, value = receiver.recv() if receiver.poll(90) else ("error", "it did not end within 90 s")
     if kind == "error":
         process.kill()
     process.join()
-    if kind == "no disk":
-        pytest.skip(f"a disk cannot be mounted here: {value}")
+    if kind == "skip":
+        pytest.skip(value)
     if kind == "error":
         raise AssertionError(value)
     return value
 
 
-def _mounted(
-    folder: str, kib: int, body: Callable[..., Any], arguments: tuple[Any, ...], sender: Any
-) -> None:
+def on_small_disk(folder: Path, kib: int, body: Callable[..., Any], *arguments: Any) -> Any:
+    """What `body(folder, *arguments)` returns in a child while a disk of this size is mounted at `folder`.
+
+    Skips the test where nobody may mount.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return in_child(_mounted, folder, kib, body, arguments)
+
+
+def _sent(body: Callable[..., Any], arguments: tuple[Any, ...], sender: Any) -> None:
     try:
-        _own_namespace()
-        _mount("tmpfs", folder, "tmpfs", 0, f"size={kib}k")
-    except OSError as error:
-        sender.send(("no disk", str(error)))
-        return
-    try:
-        sender.send(("value", body(Path(folder), *arguments)))
+        sender.send(("value", body(*arguments)))
+    except pytest.skip.Exception as skip:
+        sender.send(("skip", str(skip)))
     except BaseException:
         sender.send(("error", traceback.format_exc()))
+
+
+def _mounted(folder: Path, kib: int, body: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        _own_namespace()
+        _mount("tmpfs", str(folder), "tmpfs", 0, f"size={kib}k")
+    except OSError as error:
+        pytest.skip(f"a disk cannot be mounted here: {error}")
+    return body(folder, *arguments)
 
 
 def _own_namespace() -> None:
@@ -96,10 +104,13 @@ def fill(disk: Path) -> None:
 
 
 def heed_permissions() -> None:
-    """Makes programs that this process becomes obey permission bits though root runs them: a `preexec_fn`."""
-    if os.geteuid() == 0:
-        for capability in (_OVERRIDE, _READ_SEARCH):
-            _call("prctl", 24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    """Makes permission bits count for this process even if it is root's. Call it in a child: it is for ever."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+    _call("capget", header, sets)
+    for place in (0, 1, 2):
+        sets[place] &= ~(1 << _OVERRIDE | 1 << _READ_SEARCH)
+    _call("capset", header, sets)
 
 
 def _call(name: str, *arguments: Any) -> None:
