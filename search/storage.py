@@ -190,6 +190,13 @@ class StudyStore:
             return self._refreshed().of(trial_id)
         return None
 
+    def all_taken(self) -> bool:
+        """Whether trials are open and `adopt` would find none to take over; told without holding the study."""
+        records = self._refreshed().open
+        return bool(records) and not any(
+            record.state == "waiting" or self._is_orphan(record) for record in records
+        )
+
     def annotate(self, number: int, key: str, value: Any) -> None:
         """Writes an attribute of a running trial."""
         with translated(self.url):

@@ -153,16 +153,19 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
     Args:
         first: number of the first trial of this run: earlier failures may have been mended.
     """
-    store, pause = worker.store, POLL_SECONDS
+    store = worker.store
     while True:
         with worker.watch.measuring("store"), store.exclusive():
             trial = store.adopt() or _drawn(worker, first)
         if trial is not None:
             yield trial
-            pause = POLL_SECONDS
         elif any(record.state in ("running", "waiting") for record in store.trials()):
-            time.sleep(pause)  # another worker has the last ones; should it die, they are ours
-            pause = min(LONGEST_POLL_SECONDS, 1.3 * pause)
+            # Other workers have the last ones; should one die, its trial is ours. Looking does not hold the store: idle
+            # workers would keep it from those that have something to tell. Who failed a trial draws in its place.
+            time.sleep(pause := POLL_SECONDS)
+            while store.all_taken():
+                time.sleep(pause)
+                pause = min(LONGEST_POLL_SECONDS, 1.3 * pause)
         else:
             return
 

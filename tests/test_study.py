@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from search.samplers import Proposal
 from search.status import read_status
 from search.storage import StudyStore
 from search.study import front_of, run
+from search.worker import Worker
 from tests.pico_study import write_study
 
 FIRST = len(BASELINES)
@@ -125,3 +127,56 @@ def test_baselines_are_scored_whatever_the_budget_of_tokens(opened: tuple[StudyS
     set_tokens(store, 1)
     run(store, materials, report=False)
     assert len(store.trials()) == FIRST
+
+
+def test_idle_workers_leave_the_store_to_those_with_something_to_tell(
+    opened: tuple[StudyStore, Materials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: how often the store is held while another worker has the last trial."""
+    store, materials = opened
+    set_budget(store, 1)
+    other = Worker("elsewhere", "boot", "", 1, "1")
+    holds, looks = 0, 0
+    exclusive, all_taken = StudyStore.exclusive, StudyStore.all_taken
+
+    def held(self: StudyStore) -> Any:
+        nonlocal holds
+        holds += 1
+        assert holds < 200, "idle workers hold the store again and again"
+        return exclusive(self)
+
+    def acting(act: Callable[[], Any]) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr("search.storage.this_worker", lambda: other)
+            return act()
+
+    def look(self: StudyStore) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 30:
+            assert acting(lambda: store.complete(last.number, [0.5, 0.5], {"tokens": 1}))
+        return all_taken(self)
+
+    class TakesLast(Observer):
+        """When the last baseline is told, another worker claims the only search trial."""
+
+        def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
+            nonlocal last, holds
+            if trial.number == FIRST - 1:
+                recipe = materials.space.uniform(0.25)
+                attributes = {"method": recipe.method, "recipe": recipe.key}
+                last = acting(
+                    lambda: store.claim(
+                        "search", recipe.coefficients, materials.distributions, attributes, {}
+                    )
+                )
+                holds = 0
+
+    last: Any = None
+    monkeypatch.setattr("search.study.POLL_SECONDS", 0.01)
+    monkeypatch.setattr(StudyStore, "exclusive", held)
+    monkeypatch.setattr(StudyStore, "all_taken", look)
+    run(store, materials, TakesLast(), report=False)
+    assert looks >= 30
+    assert holds == 3  # an ask that finds nothing, the other's tell, and an ask that finds all told
+    assert [t.state for t in store.trials()] == ["complete"] * (FIRST + 1)
