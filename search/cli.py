@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from search import __version__
+from search.console import printable, say
 from search.errors import MergefrontError
 from search.interrupt import Interrupted, interruptible, tether
 from search.model_commands import models
@@ -59,7 +60,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"mergefront {__version__}")
+        say(f"mergefront {__version__}")
         raise typer.Exit
 
 
@@ -95,7 +96,7 @@ def check(
 
     config = load_study_file(study, overrides)
     for line in describe(Materials.open(config, device), storage_url(storage, config.name)):
-        print(line)
+        say(line)
 
 
 @app.command()
@@ -212,7 +213,7 @@ def status(
     from search.status import read_status
 
     found = read_status(open_study(name, storage))
-    print(json.dumps(found.to_json(), indent=2) if as_json else found.text())
+    say(json.dumps(found.to_json(), indent=2) if as_json else found.text())
 
 
 @app.command()
@@ -230,11 +231,11 @@ def front(
 
     board = read_board(open_study(name, storage))
     if format is Format.json:
-        print(json.dumps(board.to_json(), indent=2, allow_nan=False))
+        say(json.dumps(board.to_json(), indent=2, allow_nan=False))
     elif format is Format.csv:
-        print(board.to_csv(), end="")
+        say(board.to_csv(), end="")
     else:
-        print(front_table(board, None if split is None else split.value))
+        say(front_table(board, None if split is None else split.value))
 
 
 @app.command()
@@ -247,7 +248,7 @@ def report(
     from search.report import write_report
 
     for path in write_report(open_study(name, storage), out):
-        print(path)
+        say(path)
 
 
 @app.command()
@@ -296,7 +297,7 @@ def compare(
             overrides=overrides,
         )
     if table:
-        print(table)
+        say(table)
 
 
 app.add_typer(models)
@@ -329,13 +330,8 @@ def _fail(message: str, code: int) -> None:
         import traceback
 
         traceback.print_exc()
-    print(f"error: {_printable(message)}", file=sys.stderr)
+    say(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
-
-
-def _printable(message: str) -> str:
-    """One line without control characters: names of models and files are not ours."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split(" ")))
 
 
 if __name__ == "__main__":

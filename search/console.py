@@ -7,6 +7,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -23,13 +24,35 @@ def stderr_console() -> Console:
     return Console(file=sys.stderr, soft_wrap=True)
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""Text with control, direction and undecodable characters shown as escapes: names of files are not ours.
+
+    >>> printable("a\x1b[31m\n\u202eb", keep="\n")
+    'a\\x1b[31m\n\\u202eb'
+    """
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def say(text: object, *, end: str = "\n", flush: bool = False, file: TextIO | None = None) -> None:
+    """Prints one or more lines, on stdout if no file is given, so that a terminal does nothing but show them.
+
+    Letters that the terminal's encoding lacks are escaped, too.
+    """
+    stream = sys.stdout if file is None else file
+    encoding = stream.encoding or "utf-8"
+    known = printable(str(text), keep="\n\t").encode(encoding, "backslashreplace").decode(encoding)
+    print(known, end=end, flush=flush, file=stream)
+
+
 class ConsoleHandler(logging.Handler):
     """Log lines on the console, warnings marked as such."""
 
     def emit(self, record: logging.LogRecord) -> None:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         mark = "warning: " if record.levelno >= logging.WARNING else ""
-        stderr_console().print(Text(f"[{clock}] {mark}{record.getMessage()}"), highlight=False)
+        stderr_console().print(
+            Text(f"[{clock}] {mark}{printable(record.getMessage(), keep=chr(10))}"), highlight=False
+        )
 
 
 def start_logging(verbose: bool, quiet: bool, file: Path | None) -> None:

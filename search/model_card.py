@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _split(board: Board, row: Row, split: Any, tasks: Sequence[str]) -> dict[str
     arrows = {name: " (up)" if up else " (down)" for name, up in board.objectives}
     rows = [
         [
-            name + arrows.get(name, ""),
+            _text(name) + arrows.get(name, ""),
             _score(cell),
             *(_score(other.on(split).get(name)) for other in others),
             *(_score(cells.get(name), sign="+") for cells in against.values()),
@@ -125,7 +126,7 @@ def _split(board: Board, row: Row, split: Any, tasks: Sequence[str]) -> dict[str
     return {
         "title": _TITLES[split],
         "questions": board.questions[split],
-        "tasks": f" of {', '.join(tasks)}",
+        "tasks": f" of {', '.join(map(_text, tasks))}",
         "columns": columns,
         "rows": rows,
     }
@@ -133,6 +134,11 @@ def _split(board: Board, row: Row, split: Any, tasks: Sequence[str]) -> dict[str
 
 def _score(cell: Cell | None, sign: str = "") -> str:
     return "-" if cell is None else f"{cell.value:{sign}.4f} [{cell.low:{sign}.4f}, {cell.high:{sign}.4f}]"
+
+
+def _text(name: str) -> str:
+    """A name of a task or an objective; one that Markdown might read as more than text stands in a code span."""
+    return name if re.fullmatch(r"[A-Za-z0-9_.:@-]+", name) else f"`{cell_text(name)}`"
 
 
 def cell_text(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from search.console import say
 from search.errors import ConfigError
 from search.interrupt import interruptible
 from search.naming import open_study, storage_url, study_name
@@ -53,7 +54,7 @@ def export(
         for folder in export_rows(
             store, board, rows, out, weights=weights, overwrite=overwrite, overrides=overrides
         ):
-            print(folder)
+            say(folder)
 
 
 @models.command()
@@ -70,7 +71,7 @@ def verify(
 
     with interruptible():
         for line in verify_folder(folder, storage, overrides, device):
-            print(line)
+            say(line)
 
 
 @models.command()
@@ -109,14 +110,14 @@ def calibrate(
     with interruptible():
         if (folder / "config.json").is_file() or (folder / "manifest.json").is_file():
             fitted = calibrate_model(folder, method, reference, study, storage, overrides, device)
-            print(
+            say(
                 f"{folder}  temperature {fitted.temperature:.4g}  ({fitted.method}, {fitted.questions} questions)"
             )
             return
         name = study_name(target)
         table = calibrate_board(storage_url(storage, name), name, method, select, overrides, device)
-    print(table.markdown() if markdown else table.text())
-    print(f"\n{table.caption}")
+    say(table.markdown() if markdown else table.text())
+    say(f"\n{table.caption}")
 
 
 @models.command()
@@ -174,4 +175,4 @@ def merge(
 
     place = Place(out, work, None if dtype is None else dtype.value, device, overwrite)
     with interruptible(), MergeBar(stderr_console(), quiet=GIVEN["quiet"]) as bar:
-        print(make(request, place, bar))
+        say(make(request, place, bar))

@@ -16,6 +16,7 @@ from rich.text import Text
 from search.alternatives import base_label
 from search.baselines import PARENTS
 from search.budget import expected_trials
+from search.console import printable
 from search.database import shown
 from search.front import hypervolume, non_dominated, worst_corner
 from search.materials import Materials
@@ -172,7 +173,7 @@ class ProgressPrinter(Observer):
             f"storage    {shown(self._store.url)}  {state}, {self._to_go()}",
             *(f"note       {note}" for note in facts["notes"]),
         ]
-        return [Text(line) for line in lines]
+        return [Text(printable(line)) for line in lines]
 
     def _summary(self, gained: float = 0.0, *, scores: bool = True) -> str:
         size = int(self._front_mask().sum()) if self._values else 0

@@ -61,7 +61,7 @@ def run_study(
         profile: whether to say where the time went.
     """
     from search.board import read_board
-    from search.console import stderr_console
+    from search.console import say, stderr_console
     from search.database import shown, sqlite_path
     from search.profile import read_profile
     from search.progress import ProgressPrinter
@@ -82,13 +82,13 @@ def run_study(
         with helpers(workers - 1, store, command), _closing(printer):
             run(store, materials, printer)
     if profile and (found := read_profile(store.trials())) is not None:
-        print(found.text(), file=sys.stderr)
+        say(found.text(), file=sys.stderr)
     if not as_worker and not quiet:
-        print(front_table(read_board(store)))
+        say(front_table(read_board(store)))
         local = sqlite_path(store.url) is not None
         url = store.url if local else shown(store.url)  # a password is not printed
         where = "" if store.url == storage_url(None, store.name) else f" --storage {url}"
-        print(
+        say(
             f"next: mergefront report {store.name}{where} --out runs/{store.name}/report\n"
             f"      mergefront export {store.name}{where} --select knee --weights --out runs/{store.name}/export",
             file=sys.stderr,

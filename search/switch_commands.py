@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from search.console import say
 from search.errors import ConfigError
 from search.interrupt import Interrupted, interruptible
 from search.options import GIVEN, Device, Set, SplitName, Storage, Study
@@ -65,8 +66,8 @@ def train(
             )
         folder = save_switcher(trained, materials, settings, out, overwrite=overwrite)
     for line in summary(trained):
-        print(line)
-    print(folder)
+        say(line)
+    say(folder)
 
 
 @switch.command()
@@ -112,7 +113,7 @@ def compare(
             url=url,
             work=work or Path("runs") / config.name / "arms",
         )
-    print(json.dumps(found.to_json(), indent=2) if as_json else f"{found.text()}\n\n{found.caption}")
+    say(json.dumps(found.to_json(), indent=2) if as_json else f"{found.text()}\n\n{found.caption}")
 
 
 @switch.command()
@@ -155,7 +156,7 @@ def generate(
             moved=moved,
             device=device,
         ):
-            print(line, flush=True)
+            say(line, flush=True)
 
 
 @switch.command()

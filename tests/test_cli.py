@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cli
-from tests.pico import save_pico
 from tests.pico_study import write_study
 
 
@@ -203,27 +202,6 @@ def test_errors_are_one_line(
     assert not Path("x").exists()
 
 
-def test_unsafe_and_incompatible_parents_exit_with_3(cli: Cli, tmp_path: Path) -> None:
-    study = write_study(tmp_path / "study")
-    save_pico(tmp_path / "wide", intermediate_size=96)
-    (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled/config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    for other, message in (("wide", "intermediate_size"), ("pickled", "pytorch_model.bin"), ("none", "none")):
-        code, out, err = cli("launch", study, "--set", f"parents.post={tmp_path / other}")
-        assert (code, out) == (3, ""), err
-        assert message in err
-        assert err.count("\n") == 1
-    assert not (tmp_path / "runs").exists(), "refused before anything was written"
-
-
-def test_control_characters_are_escaped(cli: Cli, tmp_path: Path) -> None:
-    code, _, err = cli("launch", "x\x1b[31m\ry.yaml")
-    assert code == 2
-    assert "\x1b" not in err
-    assert "\\x1b[31m\\r" in err
-
-
 def test_storage_from_the_environment(
     cli: Cli, finished_study: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,14 +241,3 @@ def test_ctrl_c_prints_how_to_go_on(tmp_path: Path) -> None:
         _command("status", "pico", "--storage", url, "--json"), capture_output=True, text=True, check=True
     )
     assert json.loads(shown.stdout)["trials"]["running"] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("environment", [{"PYTHONOPTIMIZE": "1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
-def test_errors_under_python_o_and_another_locale(tmp_path: Path, environment: dict[str, str]) -> None:
-    result = subprocess.run(
-        _command("launch", tmp_path / "größe.yaml"), capture_output=True, env={**os.environ, **environment}
-    )
-    assert result.returncode == 2
-    assert b"no such study file" in result.stderr
-    assert b"Traceback" not in result.stderr

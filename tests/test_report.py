@@ -35,7 +35,7 @@ from search.plots.coefficients import Scale, coefficient_grid, coefficients_figu
 from search.plots.front import front_figure, staircase
 from search.plots.history import hypervolume_figure, hypervolumes
 from search.plots.reliability import Panel, reliability_figure, wilson
-from search.plots.style import POST, PRE, Picture, label, printable, render, render_svg
+from search.plots.style import POST, PRE, Picture, render, render_svg
 from search.reading import read, report_is_scored
 from search.report import reliability_panels, write_report
 from search.space import Recipe
@@ -215,16 +215,6 @@ def test_the_parents_have_their_colours_whatever_the_bounds(values: list[float])
     scale = Scale.over(values)
     for coefficient, colour in ((0.0, PRE), (1.0, POST)):
         assert scale(coefficient)[:3] == pytest.approx(matplotlib.colors.to_rgb(colour), abs=0.02)
-
-
-ODD_TEXT = "$\\frac{$ \x1b[31m \u202e \u6f22 \ud800 <b>&amp; " + "long " * 20
-
-
-def test_any_text_can_be_drawn() -> None:
-    figure = reliability_figure([Panel(ODD_TEXT, answers(np.array([0.5]), 30, 1))], where=ODD_TEXT)
-    ET.fromstring(render_svg(figure))
-    assert "\x1b" not in printable(ODD_TEXT)
-    assert label("a$b") == r"a\$b"
 
 
 def test_reliability_of_no_answers_and_of_no_panels() -> None:

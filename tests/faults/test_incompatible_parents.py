@@ -14,6 +14,7 @@ from search.errors import CheckpointError, IncompatibleModelsError
 from search.merging.checkpoint import SINGLE
 from search.opening import create
 from search.storage import StudyStore
+from tests.conftest import Cli
 from tests.hostile_files import edit_json, edit_tensors, refused_pair
 from tests.pico import _LETTERS, block_network, pico_tokenizer, save_experts, save_pair, save_pico
 from tests.pico_study import write_questions, write_study
@@ -135,3 +136,18 @@ def test_one_expert_of_several_is_named(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleModelsError, match="num_hidden_layers: 2 in pre but 3 in odd"):
         create(load_study_file(study), f"sqlite:///{tmp_path / 'runs' / 'study.db'}", "cpu")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.fault(21)
+def test_unsafe_and_incompatible_parents_exit_with_3(cli: Cli, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "study")
+    save_pico(tmp_path / "wide", intermediate_size=96)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    for other, message in (("wide", "intermediate_size"), ("pickled", "pytorch_model.bin"), ("none", "none")):
+        code, out, err = cli("launch", study, "--set", f"parents.post={tmp_path / other}")
+        assert (code, out) == (3, ""), err
+        assert message in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists(), "refused before anything was written"
