@@ -240,6 +240,7 @@ ODD_STUDIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("kind", ODD_STUDIES)
 def test_odd_studies_have_pictures_and_words(kind: str, tmp_path: Path) -> None:
     store = build_study(tmp_path, questions=60, **ODD_STUDIES[kind])
@@ -357,6 +358,7 @@ def test_the_page_stands_alone(written: dict[str, Path]) -> None:
     assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
 
 
+@pytest.mark.fault(23)
 def test_text_from_outside_is_escaped(written: dict[str, Path]) -> None:
     page = Page(written["report.html"].read_text(encoding="utf-8"))
     assert "<b>not</b> compared \\x1b[31m" in page.text  # as text: the parser found no tag in it

@@ -15,10 +15,11 @@ from search.config import load_study_file
 from search.errors import DiskError
 from search.evidence import EvidenceFolder
 from search.materials import Materials
+from search.observer import Observer
 from search.opening import create
 from search.samplers import Proposal
 from search.status import read_status
-from search.storage import StudyStore
+from search.storage import StudyStore, TrialRecord
 from search.study import front_of, run
 from search.worker import Worker
 from tests.pico_study import write_study
