@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -25,13 +25,36 @@ class Interrupted(BaseException):
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raises `Interrupted` at the first SIGINT or SIGTERM within the block; a second one ends the process at once."""
+
+    def stop(number: int) -> None:
+        raise Interrupted(number)
+
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], None]]:
+    """As `interruptible`, but it is the yielded call that raises: for libraries through which no exception may fly."""
+    arrived: list[int] = []
+
+    def check() -> None:
+        if arrived:
+            raise Interrupted(arrived[0])
+
+    with _handled(arrived.append):
+        yield check
+
+
+@contextmanager
+def _handled(first: Callable[[int], None]) -> Iterator[None]:
     arrived: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if arrived:
             os._exit(128 + number)
         arrived.append(number)
-        raise Interrupted(number)
+        first(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

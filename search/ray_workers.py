@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from search import __version__
 from search.database import sqlite_path
 from search.errors import ConfigError, MergefrontError, StorageError
+from search.interrupt import Interrupted, deferred
 from search.observer import Observer
 from search.ray_actor import actor_class
 from search.storage import StudyStore
@@ -102,7 +103,9 @@ def run_on_ray(
         WorkerError: a worker's own error, or none is left to start again. Nothing is lost.
     """
     ray = _imported(options)
-    with _connected(ray, options, workers):
+    # An exception that a signal's handler raises within Ray's own code comes out as a SystemError.
+    with deferred() as check, _connected(ray, options, workers):
+        check()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         _check_nodes(nodes, store, options, workers)
         cpus, threads = _cores(nodes, workers, options.gpus)
@@ -121,7 +124,8 @@ def run_on_ray(
             "threads": int(os.environ.get("OMP_NUM_THREADS") or threads),
             "gpus": options.gpus,
         }
-        _Driver(ray, actor, job, store, observer, total, [_Slot(n) for n in range(workers)]).run()
+        slots = [_Slot(number) for number in range(workers)]
+        _Driver(ray, actor, job, store, observer, total, slots, check).run()
 
 
 @dataclass
@@ -135,6 +139,7 @@ class _Driver:
     observer: Observer
     total: int
     slots: list[_Slot]
+    check: Callable[[], None]  # raises if this process shall end
     seen: set[int] = field(default_factory=set)
 
     def run(self) -> None:
@@ -145,6 +150,7 @@ class _Driver:
             for slot in self.slots:
                 self._start(slot)
             while not self._step():
+                self.check()
                 if all(slot.given_up for slot in self.slots):
                     why, code = self.slots[-1].last
                     raise WorkerError(
@@ -276,6 +282,10 @@ def _imported(options: RayOptions) -> Any:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it reports to its makers otherwise
     if options.address == LOCAL:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it listens on loopback alone
+    else:
+        os.environ.setdefault(
+            "RAY_BACKEND_LOG_LEVEL", "error"
+        )  # a line a second about a head that is not there
     try:
         import ray
     except ImportError as error:
@@ -295,8 +305,11 @@ def _connected(ray: Any, options: RayOptions, workers: int) -> Iterator[None]:
         ray.init(address=options.address, log_to_driver=False, configure_logging=False, **own)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
-            f"--address {options.address}: cannot join Ray there: {_first_line(error)}"
+            f"--address {options.address}: cannot join Ray there: {_first_line(error).rstrip('.')}. (A cluster with "
+            "token authentication wants RAY_AUTH_MODE=token, and the token.)"
         ) from error
+    except SystemExit as error:  # what Ray makes of a SIGTERM meanwhile
+        raise Interrupted(signal.SIGTERM) from error
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own in the place of ours
     try:

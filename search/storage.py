@@ -235,8 +235,9 @@ class StudyStore:
             if self._is_mine(number):
                 self._set_state(number, TrialState.WAITING)
 
-    def take_back(self) -> None:
-        """Puts back what this very process left running when an earlier run of it could not even give it back."""
+    def give_back_all(self) -> None:
+        """Puts back whatever this very process has: claimed a moment ago, or left by an earlier run of it that could
+        not even give it back."""
         with self.exclusive():
             for record in self._refreshed().open:
                 if record.state == "running" and record.attributes.get("worker") == this_worker().to_json():

@@ -136,12 +136,17 @@ def run(
     worker = _Worker(
         store, materials, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()
     )
-    store.take_back()
+    store.give_back_all()
     before = store.trials()
     worker.observer.started(before, first + int(store.attribute("trials")))
-    for trial in _asked(worker, first=len(before)):
-        worker.observer.step("asked", trial)
-        _run_trial(worker, trial)
+    try:
+        for trial in _asked(worker, first=len(before)):
+            worker.observer.step("asked", trial)
+            _run_trial(worker, trial)
+    except Interrupted:
+        with suppress(DiskError, StorageError):
+            store.give_back_all()  # one that was claimed a moment before
+        raise
     worker.observer.ended(store.trials())
     if report:
         _score_report_split(worker, checkpoints)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from search import __version__, ray_workers
 from search.config import load_study_file
 from search.errors import ConfigError
+from search.interrupt import Interrupted, deferred
 from search.observer import Observer
 from search.opening import create
 from search.ray_actor import actor_class
@@ -231,11 +233,15 @@ def now(value: Any) -> Future[Any]:
 
 
 def drive(
-    store: StudyStore, lives: Sequence[Any], slots: int = 1, refused: str | None = None
+    store: StudyStore,
+    lives: Sequence[Any],
+    slots: int = 1,
+    refused: str | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[StandIn, list[_Slot]]:
     ray, made = StandIn(lives), [_Slot(number) for number in range(slots)]
     try:
-        _Driver(ray, ray, {"refused": refused}, store, Observer(), 3, made).run()
+        _Driver(ray, ray, {"refused": refused}, store, Observer(), 3, made, check).run()
     finally:
         drive.last = ray  # type: ignore[attr-defined]
     return ray, made
@@ -282,7 +288,7 @@ def test_a_worker_that_finished_a_trial_starts_counting_anew(store: StudyStore) 
     observer = Observer()
     observer.finished = lambda trial, values: told.append(trial.number)  # type: ignore[method-assign]
     ray = Diligent([(-9, "")] * 3 * MAX_DEATHS + [(0, "")])
-    _Driver(ray, ray, {"refused": None}, store, observer, 3, [_Slot(0)]).run()
+    _Driver(ray, ray, {"refused": None}, store, observer, 3, [_Slot(0)], lambda: None).run()
     assert ray.started == 3 * MAX_DEATHS + 1
     assert told == list(range(ray.started)), "every trial once"
 
@@ -310,6 +316,25 @@ def test_other_errors_end_all_workers_only_while_the_set_up_is_unproven(store: S
     store.complete(trial.number, [0.5, 0.1])
     ray, _ = drive(store, [(1, "CUDA error"), (0, "")])
     assert ray.started == 2
+
+
+def test_a_signal_is_raised_between_two_looks_and_workers_are_asked_to_end(store: StudyStore) -> None:
+    looks: list[int] = []
+    with deferred() as check:
+
+        def look() -> None:
+            looks.append(1)
+            if len(looks) == 3:
+                os.kill(
+                    os.getpid(), signal.SIGTERM
+                )  # a handler that raises would do so in the next call of Ray
+            elif len(looks) > 3:
+                check()
+
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            drive(store, [], slots=2, check=look)
+    ray: StandIn = drive.last  # type: ignore[attr-defined]
+    assert (len(looks), ray.killed, len(ray.stopped)) == (4, 2, 2)
 
 
 def finished(store: StudyStore) -> dict[int, Any]:

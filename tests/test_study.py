@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from search.budget import expected_trials, set_budget, set_tokens
 from search.config import load_study_file
 from search.errors import DiskError
 from search.evidence import EvidenceFolder
+from search.interrupt import Interrupted
 from search.materials import Materials
 from search.observer import Observer
 from search.opening import create
@@ -181,3 +183,21 @@ def test_idle_workers_leave_the_store_to_those_with_something_to_tell(
     assert looks >= 30
     assert holds == 3  # an ask that finds nothing, the other's tell, and an ask that finds all told
     assert [t.state for t in store.trials()] == ["complete"] * (FIRST + 1)
+
+
+@pytest.mark.fault(2)
+def test_a_signal_between_a_claim_and_its_run_gives_the_trial_back(
+    opened: tuple[StudyStore, Materials],
+) -> None:
+    store, materials = opened
+
+    class Stopping(Observer):
+        def step(self, step: str, trial: TrialRecord) -> None:
+            if step == "asked" and trial.number == 3:
+                raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(store, materials, Stopping())
+    assert [t.state for t in store.trials()] == ["complete"] * 3 + ["waiting"]
+    run(store, materials)
+    assert [t.attributes["tries"] for t in store.trials()] == [1] * len(store.trials())
