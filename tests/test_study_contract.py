@@ -142,7 +142,7 @@ def test_processes_of_the_command_line_on_a_server(
         assert postgresql.password not in done.stdout + done.stderr
         return done
 
-    call("launch", study, "--workers", "2", "--log-file", tmp_path / "log")
+    call("--log-file", tmp_path / "log", "launch", study, "--workers", "2", "--storage", postgresql_url)
     call("resume", "pico", "--trials", "+2", "--workers", "2")
     trials = StudyStore.open(postgresql_url, "pico").trials()
     assert [(t.number, t.state) for t in trials] == [(n, "complete") for n in range(FIRST + TRIALS + 2)]
