@@ -6,11 +6,8 @@ import csv
 import io
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -211,33 +208,3 @@ def test_storage_from_the_environment(
     monkeypatch.setenv("MERGEFRONT_STORAGE", "sqlite:///nowhere.db")
     assert cli("status", "pico")[0] == 4
     assert cli("status", "pico", "--storage", url)[0] == 0
-
-
-def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "search.cli", *map(str, arguments)]
-
-
-@pytest.mark.slow
-def test_ctrl_c_prints_how_to_go_on(tmp_path: Path) -> None:
-    study = write_study(tmp_path / "study", trials=2000)
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    process = subprocess.Popen(
-        _command("launch", study, "--storage", url, "--workers", "2"),
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=os.getcwd(),
-    )
-    assert process.stderr is not None
-    while "trial 12" not in (line := process.stderr.readline()):
-        assert line, "ended too early"
-    process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    err = process.stderr.read()
-    assert process.wait(60) == 130
-    assert time.monotonic() - began < 30
-    assert "run the same command again to continue" in err
-    assert "Traceback" not in err
-    shown = subprocess.run(
-        _command("status", "pico", "--storage", url, "--json"), capture_output=True, text=True, check=True
-    )
-    assert json.loads(shown.stdout)["trials"]["running"] == 0
