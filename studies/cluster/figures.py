@@ -198,23 +198,12 @@ def _share(ones: Sequence[dict[str, Any]], key: str) -> str:
 def _reality(result: dict[str, Any]) -> str:
     rows = []
     for one in result["reality"]:
-        seen = (
-            "-"
-            if one["connections"] is None
-            else f"{one['connections'][0]:.1f}, at most {one['connections'][1]}"
-        )
+        seen = "-" if one["connections"] is None else "{:.1f}, at most {}".format(*one["connections"])
         ratio = one["rate"] / one["expected"]
-        rows.append(
-            [
-                one["storage"],
-                one["workers"],
-                f"{one['rate']:.2f}",
-                f"{one['expected']:.2f}",
-                f"{ratio:.2f}",
-                seen,
-            ]
-        )
-    return table(["storage", "processes", "trials/s", "simulated", "ratio", "connections"], rows)
+        rates = (f"{value:.2f}" for value in (one["rate"], one["expected"], ratio))
+        rows.append([one["storage"], one["workers"], _ms(one["held"]), *rates, seen])
+    head = ["storage", "processes", "ask + tell, ms", "trials/s", "simulated", "ratio", "connections"]
+    return table(head, rows)
 
 
 def _proxy(result: dict[str, Any]) -> str:

@@ -234,12 +234,10 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
         result["reality"] = []
         for storage, url in urls.items():
             for workers in sizes.real_workers:
-                real = real_rate(url, materials, "random", workers, sizes.real_seconds, 1.0)
-                lock = between(locks[storage], workers)
-                cost = prices(lock, proposals["random"], workers)
-                expected = throughput(cost, workers, Plan(400, lambda rng: 1.0)).rate(50)
-                result["reality"].append({"storage": storage, **asdict(real), "expected": expected})
-                stamp(f"{workers} real workers on {storage}: {real.rate:.2f}/s, expected {expected:.2f}")
+                result["reality"].append(
+                    reality(storage, url, materials, proposals["random"], workers, sizes)
+                )
+                stamp(f"{workers} real workers on {storage}")
         if "PostgreSQL" in urls:
             result["proxy"] = [asdict(one) for one in measure_calls(urls["PostgreSQL"], sizes.clients)]
             stamp("proxy measured")
@@ -248,13 +246,18 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
     return result
 
 
-def between(locks: Sequence[Lock], workers: int) -> Lock:
-    """A lock with a number of workers that was not measured, interpolated."""
-    known = [lock.workers for lock in locks]
-    ask, tell = (
-        float(np.interp(workers, known, [getattr(lock, key) for lock in locks])) for key in ("ask", "tell")
-    )
-    return replace(locks[0], workers=workers, ask=ask, tell=tell)
+def reality(
+    storage: str, url: str, materials: Any, proposals: Proposals, workers: int, sizes: Sizes
+) -> dict[str, Any]:
+    """Real processes, and what the simulation says of them; the lock is measured just before, and just after, since
+    other jobs on the machine come and go."""
+    before = service.measure_lock(url, materials, workers)
+    real = real_rate(url, materials, "random", workers, sizes.real_seconds, 1.0)
+    after = service.measure_lock(url, materials, workers)
+    lock = replace(before, ask=(before.ask + after.ask) / 2.0, tell=(before.tell + after.tell) / 2.0)
+    cost = prices(lock, proposals, workers)
+    expected = throughput(cost, workers, Plan(400, lambda rng: 1.0)).rate(50)
+    return {"storage": storage, **asdict(real), "held": lock.both, "expected": expected}
 
 
 def searches(
