@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from tests.study_process import _context
+import tests.study_process  # noqa: F401 -- says what the server imports from which children are forked
+
+_context = multiprocessing.get_context("forkserver")
 
 
 def in_child(function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> Any:
