@@ -299,6 +299,8 @@ def _connected(ray: Any, options: RayOptions, workers: int) -> Iterator[None]:
     begun = options.address == LOCAL
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 * _MIB} if begun else {}
     handler = signal.getsignal(signal.SIGTERM)
+    if not begun and options.address != "auto":
+        _check_reachable(options.address)
     if begun:
         logger.info("starting Ray on this machine for %d workers", workers)
     try:
@@ -316,6 +318,17 @@ def _connected(ray: Any, options: RayOptions, workers: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes, and fills the screen meanwhile."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--address {address}: nobody answers there ({error}). Give a Ray head's."
+        ) from error
 
 
 def _check_nodes(

@@ -82,6 +82,15 @@ def test_without_ray_the_extra_is_named(cli: Cli, study: Path, monkeypatch: pyte
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
+def test_a_head_that_is_not_there_is_named_within_seconds(cli: Cli, study: Path) -> None:
+    pytest.importorskip("ray")
+    began = time.monotonic()
+    code, _, err = cli("launch", study, "--engine", "ray", "--address", "127.0.0.1:1")
+    assert code == 2
+    assert "error: --address 127.0.0.1:1: nobody answers there ([Errno 111] Connection refused)." in err
+    assert time.monotonic() - began < 60, "Ray itself tries for minutes"
+
+
 def test_sqlite_is_refused_on_several_machines_and_gpus_that_are_not_there(
     study: Path, tmp_path: Path
 ) -> None:
