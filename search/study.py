@@ -143,9 +143,10 @@ def run(
         for trial in _asked(worker, first=len(before)):
             worker.observer.step("asked", trial)
             _run_trial(worker, trial)
-    except Interrupted:
+    except (Interrupted, DiskError, StorageError):
+        # A signal may come between the claim and the trial, too. What cannot be put back is adopted as a dead worker's.
         with suppress(DiskError, StorageError):
-            store.give_back_all()  # one that was claimed a moment before
+            store.give_back_all()
         raise
     worker.observer.ended(store.trials())
     if report:
@@ -241,11 +242,6 @@ def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
         with worker.watch.measuring("store"):
             tell = store.stop if result.stopped else store.complete
             told = tell(trial.number, result.values, {**result.attributes, ATTRIBUTE: worker.watch.lap()})
-    except (Interrupted, DiskError, StorageError):
-        # If it cannot be given back, it is adopted like a dead worker's.
-        with suppress(DiskError, StorageError):
-            store.give_back(trial.number)
-        raise
     except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:
         # RuntimeError is how torch says out of memory; what it says is kept with the trial.
         failure = " ".join(str(error).split()) or type(error).__name__
