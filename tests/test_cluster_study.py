@@ -225,7 +225,7 @@ def test_the_whole_script_in_small(
     """Oracle: what is simulated of two real processes is what they do, within a factor of two on a busy machine."""
     monkeypatch.chdir(tmp_path)
     missing = f"sqlite:///{tmp_path / 'none.db'}#none"
-    arguments = argparse.Namespace(study=study[0], names="pico", latency=missing, storage=None)
+    arguments = argparse.Namespace(study=study[0], names="pico", latency=missing, storage=None, out=tmp_path)
     result = simulate.run(arguments, simulate.QUICK, say=lambda *_, **__: None)
     (real,) = result["reality"]
     assert 0.5 < real["rate"] / real["expected"] < 1.5

@@ -214,7 +214,7 @@ def _proxy(result: dict[str, Any]) -> str:
             " / ".join(f"{value:.0f}" for value in one["history"]),
             one["clients"],
             one["connections"],
-            f"{one['rate']:.1f}",
+            "refused" if one["rate"] is None else f"{one['rate']:.1f}",
         ]
         for one in result["proxy"]
     ]

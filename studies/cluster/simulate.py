@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import service
 import surrogate
-from events import Plan, Priced, Record, drawn_from, simulate
+from events import Draw, Plan, Priced, Record, drawn_from, simulate
 from figures import document, picture
 from proxy import measure_calls
 from reality import real_rate
@@ -51,10 +51,10 @@ class Sizes:
     seeds: int
     engines: Sequence[str]
     left_out: Sequence[str] = ("gp",)  # of the searches: an hour
-    searched: int = 512
-    dear: int = 80
+    searched: int = 256
+    dear: int = 64
     dear_workers: int = 64
-    questions: int = 400
+    questions: int = 250
     after: Sequence[int] = service.AFTER
     real_workers: Sequence[int] = (1, 4, 8)
     real_seconds: float = 20.0
@@ -166,17 +166,20 @@ def latencies(url: str, name: str, otherwise: surrogate.Answers) -> tuple[str, l
 def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[str, Any]:
     """Everything that is measured and simulated, as JSON."""
     begin = time.time()
+    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d")}
+    arguments.out.mkdir(parents=True, exist_ok=True)
 
     def stamp(what: str) -> None:
         say(f"[{time.time() - begin:6.0f} s] {what}", flush=True)
+        result["load"], result["minutes"] = os.getloadavg()[2], (time.time() - begin) / 60.0
+        (arguments.out / "results.json").write_text(json.dumps(result, indent=1))
 
     materials, answers = surrogate.load(arguments.study, arguments.names.split(","))
     errors = surrogate.held_out(answers, lambda o: [metric.value(o) for metric in materials.metrics])
     of, seconds, failed, finished = latencies(*arguments.latency.rsplit("#", 1), answers)
     failed, finished = failed + answers.failed, finished + answers.tried
     death = (failed or 3.0) / finished  # none of n: the upper end of a 95 % interval
-    result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
+    result |= {
         "surrogate": {
             "recipes": len(answers.x),
             "questions": len(answers.like),
@@ -229,20 +232,20 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
             "workers": int(np.ceil((1.0 + gradients) / gradients)),
         }
         stamp("throughput simulated")
-        result["searches"] = [asdict(one) for one in searches(arguments, sizes, list(locks.items())[-1], proposals,
-                                                               draws["135M, as measured"], death, stamp)]  # fmt: skip
+        result["searches"] = []
+        draw, last = draws["135M, as measured"], list(locks.values())[-1]
+        for one in searches(arguments, sizes, last, proposals, draw, death, stamp):
+            result["searches"].append(asdict(one))
         result["reality"] = []
         for storage, url in urls.items():
             for workers in sizes.real_workers:
                 result["reality"].append(
                     reality(storage, url, materials, proposals["random"], workers, sizes)
                 )
-                stamp(f"{workers} real workers on {storage}")
+                stamp(f"{workers} real workers on {storage}: {result['reality'][-1]}")
         if "PostgreSQL" in urls:
             result["proxy"] = [asdict(one) for one in measure_calls(urls["PostgreSQL"], sizes.clients)]
             stamp("proxy measured")
-    result["load"] = os.getloadavg()[2]
-    result["minutes"] = (time.time() - begin) / 60.0
     return result
 
 
@@ -261,10 +264,15 @@ def reality(
 
 
 def searches(
-    arguments: Any, sizes: Sizes, storage: Any, proposals: Any, draw: Any, death: float, stamp: Any
+    arguments: Any,
+    sizes: Sizes,
+    locks: Sequence[Lock],
+    proposals: dict[str, Proposals],
+    draw: Draw,
+    death: float,
+    stamp: Any,
 ) -> Iterator[Search]:
     """Every engine, number of workers and seed, on fewer questions, with the lock's times as measured."""
-    _, locks = storage
     materials, _ = surrogate.load(arguments.study, arguments.names.split(","), sizes.questions)
     for engine in sizes.engines:
         if engine in sizes.left_out:
@@ -300,8 +308,6 @@ def main() -> None:
         result = run(arguments, QUICK if arguments.quick else FULL)
     except MergefrontError as error:
         parser.error(f"{error} See the first lines of this script for the studies that it needs.")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "results.json").write_text(json.dumps(result, indent=1))
     text = document(result)
     (arguments.out / "results.md").write_text(text)
     picture(result, arguments.out / "scaling.png")
