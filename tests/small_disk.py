@@ -9,34 +9,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.study_process import context
+from tests.faults.child import in_child
 
 _NEW_USER, _NEW_MOUNTS = 0x10000000, 0x00020000  # <sched.h>
 _READ_ONLY, _REMOUNT, _RECURSIVE, _PRIVATE = 1, 32, 16384, 1 << 18  # <sys/mount.h>
 _OVERRIDE, _READ_SEARCH = 1, 2  # <linux/capability.h>: what lets root ignore permission bits
-
-
-def in_child(body: Callable[..., Any], *arguments: Any) -> Any:
-    """What `body(*arguments)` returns in a child process; what it asserts, raises or skips counts here."""
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_sent, args=(body, arguments, sender))
-    process.start()
-    kind, value = receiver.recv() if receiver.poll(90) else ("error", "it did not end within 90 s")
-    if kind == "error":
-        process.kill()
-    process.join()
-    if kind == "skip":
-        pytest.skip(value)
-    if kind == "error":
-        raise AssertionError(value)
-    return value
 
 
 def on_small_disk(folder: Path, kib: int, body: Callable[..., Any], *arguments: Any) -> Any:
@@ -45,25 +28,19 @@ def on_small_disk(folder: Path, kib: int, body: Callable[..., Any], *arguments: 
     Skips the test where nobody may mount.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return in_child(_mounted, folder, kib, body, arguments)
+    refusal, value = in_child(_mounted, folder, kib, body, arguments)
+    if refusal:
+        pytest.skip(f"a disk cannot be mounted here: {refusal}")
+    return value
 
 
-def _sent(body: Callable[..., Any], arguments: tuple[Any, ...], sender: Any) -> None:
-    try:
-        sender.send(("value", body(*arguments)))
-    except pytest.skip.Exception as skip:
-        sender.send(("skip", str(skip)))
-    except BaseException:
-        sender.send(("error", traceback.format_exc()))
-
-
-def _mounted(folder: Path, kib: int, body: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _mounted(folder: Path, kib: int, body: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:
     try:
         _own_namespace()
         _mount("tmpfs", str(folder), "tmpfs", 0, f"size={kib}k")
     except OSError as error:
-        pytest.skip(f"a disk cannot be mounted here: {error}")
-    return body(folder, *arguments)
+        return str(error), None
+    return "", body(folder, *arguments)
 
 
 def _own_namespace() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-import tests.study_process  # noqa: F401 -- says what the server imports from which children are forked
-
-_context = multiprocessing.get_context("forkserver")
+from tests.study_process import context
 
 
 def in_child(function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> Any:
@@ -18,8 +15,8 @@ def in_child(function: Callable[..., Any], *arguments: Any, seconds: float = 120
     Raises:
         AssertionError: it raised, with its traceback, or did not end in time.
     """
-    here, there = _context.Pipe(duplex=False)
-    process = _context.Process(target=_answer, args=(there, function, arguments))
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(there, function, arguments))
     process.start()
     there.close()
     try:

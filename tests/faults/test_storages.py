@@ -25,9 +25,10 @@ from search.storage import StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.fault_table import Fault
+from tests.faults.child import in_child
 from tests.faults.conftest import TRIALS
 from tests.faults.stores import claim, new_store
-from tests.small_disk import heed_permissions, in_child, make_read_only, make_writable, on_small_disk
+from tests.small_disk import heed_permissions, make_read_only, make_writable, on_small_disk
 from tests.study_process import results, url_in
 
 TOTAL = len(BASELINES) + TRIALS
