@@ -278,7 +278,17 @@ def load_study_file(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: found {kind_of(value)}, wanted keys such as name, parents, tasks.")
     apply_overrides(value, overrides)
-    return _resolve_paths(parse_study(value, where), path.resolve().parent)
+    config, folder = parse_study(value, where), path.resolve().parent
+    if not _is_text(str(folder)):
+        raise ConfigError(
+            f"{where}: the path of its folder is no text in this locale. Run under a UTF-8 one, such as LC_ALL=C.UTF-8."
+        )
+    return _resolve_paths(config, folder)
+
+
+def _is_text(text: str) -> bool:
+    """False for bytes that Python could not decode and keeps as halves of surrogate pairs: nothing can store those."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def parse_study(value: object, where: str) -> StudyConfig:
@@ -313,9 +323,19 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _resolve_paths(config: StudyConfig, folder: Path) -> StudyConfig:
     def resolve(where: str) -> str:
-        path = Path(where).expanduser()
-        if path.is_absolute() or where.startswith((".", "~")) or (folder / path).exists():
-            return str((folder / path).resolve())
+        try:
+            path = Path(where).expanduser()
+            if path.is_absolute() or where.startswith((".", "~")) or (folder / path).exists():
+                return str((folder / path).resolve())
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # another locale, a NUL, a loop of links, no such user
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{where!r}: no path here ({reason}). Give another, or another locale."
+            ) from error
         return where  # a hub id
 
     given = config.parents

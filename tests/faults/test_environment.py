@@ -16,7 +16,7 @@ from tests.pico_study import write_study
 pytestmark = pytest.mark.fault(30)
 
 ENVIRONMENTS = {
-    "optimized": {"PYTHONOPTIMIZE": "2"},
+    "optimized": {"PYTHONOPTIMIZE": "1"},
     "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     "latin-1": {"PYTHONIOENCODING": "latin-1:strict", "PYTHONUTF8": "0"},
 }
@@ -97,7 +97,20 @@ def test_errors_are_the_same(name: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@ENVIRONMENT
+def test_names_that_a_locale_cannot_write_are_an_error_of_one_line(folder: Path, tmp_path: Path) -> None:
+    """The folder's name on the command line, and the name of a file within the study file."""
+    result = mergefront(tmp_path, "ascii", "launch", folder / "study.yaml")
+    assert result.returncode == 2
+    assert b"is no text in this locale. Run under a UTF-8 one" in result.stderr
+    study = write_study(tmp_path / "plain", trials=1, tasks=[{"path": "./fragen-\u6f22.jsonl"}])
+    (tmp_path / "plain/questions.jsonl").rename(tmp_path / "plain/fragen-\u6f22.jsonl")
+    result = mergefront(tmp_path, "ascii", "launch", study)
+    assert (result.returncode, result.stderr.count(b"\n")) == (2, 1)
+    assert b"defect" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimized", "latin-1"])
 def test_a_study_runs_and_is_shown(name: str, folder: Path, tmp_path: Path) -> None:
     """A task named beyond ASCII reaches stdout whatever that can show; the front is the same, byte for byte."""
     for arguments in (("launch", folder / "study.yaml"), ("check", folder / "study.yaml")):

@@ -164,6 +164,17 @@ def test_a_key_with_a_line_break_is_one_line() -> None:
 
 
 @pytest.mark.fault(22)
+@pytest.mark.parametrize("place", [r"./a\0b", "~no-such-user-here/x", "./loop"])
+@pytest.mark.parametrize("old", ["pre: ./models/pre", "path: ./questions/mine.jsonl"])
+def test_places_that_are_no_paths(old: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    key, _, _ = old.partition(":")
+    with pytest.raises(ConfigError, match="no path here") as refusal:
+        load(tmp_path, GOOD.replace(old, f'{key}: "{place}"'))
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.fault(22)
 def test_long_values_and_keys_are_cut_short(tmp_path: Path) -> None:
     """Nobody reads 60 KiB of terminal output."""
     long = "x" * 60_000
