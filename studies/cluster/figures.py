@@ -95,10 +95,11 @@ def _latencies(result: dict[str, Any]) -> list[str]:
 
 def _saturation(result: dict[str, Any]) -> str:
     rows = []
+    most = max(lock["workers"] for locks in result["locks"].values() for lock in locks)
     for storage in result["locks"]:
         for engine in result["proposals"]:
             cells = {
-                row["latency"]: row["workers"]
+                row["latency"]: row["workers"] if row["workers"] <= most else f"over {most}"
                 for row in result["saturation"]
                 if row["storage"] == storage and row["engine"] == engine
             }
@@ -235,19 +236,21 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
-    """Throughput at two latencies, and hypervolumes, against workers."""
+    """Throughput at two latencies, and hypervolumes after two numbers of trials, against workers."""
     path.write_bytes(style.render(_figure(result)).png)
 
 
 @style.drawn
 def _figure(result: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(2 * style.COLUMN, 2.75), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure = Figure(figsize=(2 * style.COLUMN, 4.7), layout="constrained")
+    axes = figure.subplots(2, 2)
     storage = list(result["locks"])[-1]
-    for place, latency in enumerate(_latencies(result)[:2]):
-        _rates(axes[place], result, storage, latency)
-    _volumes(axes[2], result)
-    handles, labels = axes[0].get_legend_handles_labels()
+    for axis, latency in zip(axes[0], _latencies(result)[:2], strict=True):
+        _rates(axis, result, storage, latency)
+    marks = _marks(result)
+    for axis, mark in zip(axes[1], (marks[0], marks[-1]), strict=True):
+        _volumes(axis, result, mark)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
@@ -260,7 +263,7 @@ def _rates(axis: Axes, result: dict[str, Any], storage: str, latency: str) -> No
         workers, [ideal * n / workers[0] for n in workers], color=style.FAINT, linestyle=":", linewidth=1
     )
     axis.annotate(
-        "no lock",
+        "N times one",
         (workers[-1], ideal * workers[-1] / workers[0]),
         xytext=(-3, -1),
         textcoords="offset points",
@@ -280,44 +283,38 @@ def _rates(axis: Axes, result: dict[str, Any], storage: str, latency: str) -> No
             label=engine,
         )
     axis.set(xscale="log", yscale="log", xlabel="workers", ylabel="trials a second")
-    axis.set_title(f"{latency}\n({storage})")
+    axis.set_title(f"{latency} ({storage})")
     _ticks(axis, workers)
 
 
-def _volumes(axis: Axes, result: dict[str, Any]) -> None:
-    marks, best = _marks(result), limit(result)
+def _volumes(axis: Axes, result: dict[str, Any], mark: int) -> None:
+    """Mean of the seeds, smallest to largest; engines that ended before are left out."""
+    best = limit(result)
     workers = sorted({one["workers"] for one in result["searches"]})
     engines = list(dict.fromkeys(one["engine"] for one in result["searches"]))
     for place, engine in enumerate(engines):
-        for mark, look in zip((marks[0], marks[-1]), ("-", "--"), strict=True):
-            if look == "--" and mark == marks[0]:
-                continue
-            points = [
-                (n, [one["volume"][mark - 1] / best for one in ones if len(one["volume"]) >= mark])
-                for (name, n), ones in _groups(result).items()
-                if name == engine
-            ]
-            points = [(n, values) for n, values in points if values]
-            if not points:
-                continue
-            x = np.array([n for n, _ in points]) * 1.05 ** (place - len(engines) / 2)
-            mean = np.array([np.mean(values) for _, values in points])
-            spread = [
-                [m - min(v) for m, (_, v) in zip(mean, points, strict=True)],
-                [max(v) - m for m, (_, v) in zip(mean, points, strict=True)],
-            ]
-            axis.errorbar(
-                x,
-                mean,
-                spread,
-                color=COLOURS[engine],
-                linestyle=look,
-                marker="o",
-                markersize=2.5,
-                elinewidth=0.8,
-            )
-    axis.set(xscale="log", xlabel="workers", ylabel="hypervolume over the best found")
-    axis.set_title(f"the front after {marks[0]} trials\n(dashed: after {marks[-1]})")
+        values = {
+            n: np.array([one["volume"][mark - 1] / best for one in ones if len(one["volume"]) >= mark])
+            for (name, n), ones in _groups(result).items()
+            if name == engine
+        }
+        values = {n: found for n, found in values.items() if len(found)}
+        if not values:
+            continue
+        x = np.array(list(values)) * 1.05 ** (place - len(engines) / 2)
+        mean = np.array([found.mean() for found in values.values()])
+        low, high = (np.array([end(found) for found in values.values()]) for end in (np.min, np.max))
+        axis.errorbar(
+            x,
+            mean,
+            [mean - low, high - mean],
+            color=COLOURS[engine],
+            marker="o",
+            markersize=2.5,
+            elinewidth=0.8,
+        )
+    axis.set(xscale="log", xlabel="workers", ylabel="hypervolume over the best found", ylim=(0.4, 1.03))
+    axis.set_title(f"the front after {mark} trials")
     _ticks(axis, workers)
 
 

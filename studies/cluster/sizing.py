@@ -99,7 +99,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Size:
-    """What it takes: bytes, seconds, and hours of the search (all workers busy) and of the report split (one worker).
+    """What it takes: bytes, seconds, and hours of the search and of the report split (all workers busy).
 
     Attributes:
         merge: with the parents in the page cache. cold: reading them from disk.
@@ -125,8 +125,8 @@ def size(model: Decoder, rate: float, study: Study) -> Size:
     """The formulas, for P parameters of b bytes and E post-trained models.
 
     live = P b; parents = (1 + E) P b; a merge reads all parents and writes one model; a trial merges and scores
-    questions x tokens; search = (baselines + trials) x trial / workers; report = (front + baselines) x (merge + report
-    questions x tokens), which one worker does alone.
+    questions x tokens; search = (baselines + trials) x trial / workers; report = as many rounds as all workers need
+    for front and baselines, of merge + report questions x tokens.
     """
     live = float(model.parameters * study.bytes)
     parents = (1 + study.experts) * live
@@ -144,7 +144,7 @@ def size(model: Decoder, rate: float, study: Study) -> Size:
         max(merge, parents / DISK),
         score,
         every * (merge + score) / study.workers / 3600.0,
-        reported * (merge + study.report * study.tokens / rate) / 3600.0,
+        math.ceil(reported / study.workers) * (merge + study.report * study.tokens / rate) / 3600.0,
         float(every * study.questions * study.tokens + reported * study.report * study.tokens),
     )
 
