@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # All files are checked against the hashes of .ci/locked, which .ci/lock.py writes; torch has a build for each hardware.
 LOCKED := $(PIP) --require-hashes --no-deps --requirement .ci/locked
 
-.PHONY: anchors compare help install quickstart test test-all lint smollm2 soups switch bench clean
+.PHONY: anchors cluster compare help install quickstart test test-all lint smollm2 soups switch bench clean
 
 help:
 	@echo "make quickstart  build a tiny pair, search its merges, report and export (runs/quickstart)"
@@ -18,6 +18,7 @@ help:
 	@echo "make anchors     Functional Dual Anchors beside other merges and controls, three seeds (about half an hour)"
 	@echo "make soups       six experts of one base, and a merge for every taste (about 25 minutes on two cores)"
 	@echo "make switch      checkpoints that take turns beside every other way to use them, five seeds"
+	@echo "make cluster     how many workers a study takes, by simulation, and what large searches need"
 	@echo "make bench       scoring, trials and merges beside lm-eval and mergekit on the 135M pair (about 40 minutes)"
 
 install: $(VENV)/.product
@@ -68,6 +69,12 @@ soups: $(VENV)/.product
 
 switch: $(VENV)/.product
 	$(BIN)/python studies/switch-generation/run.py --seeds 5 --workers 2
+
+cluster: $(VENV)/.test quickstart
+	$(BIN)/mergefront launch studies/quickstart/study.yaml --storage sqlite:///runs/quickstart/study.db --set name=quickstart-qmc \
+		--set 'sampler={engine: optuna, name: qmc, seed: 0}' --set trials=100 --set split.report=front
+	$(BIN)/python -m tests.postgresql_server $(BIN)/python studies/cluster/simulate.py
+	$(BIN)/python studies/cluster/sizing.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
