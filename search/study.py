@@ -314,8 +314,10 @@ def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Score
     materials, observer, watch = worker.materials, worker.observer, worker.watch
     if (tokens := size_batches(worker.store, materials)) is not None:
         observer.batches(tokens)
-    materials.evaluator(split)  # loaded and tokenised once, which no trial's time limit shall pay for
-    deadline = Deadline(materials.config.trial_seconds if split == "search" else None)
+    limit = materials.config.trial_seconds if split == "search" else None
+    if limit is not None:
+        materials.evaluator(split)  # loaded and tokenised once, which no trial's time limit shall pay for
+    deadline = Deadline(limit)
     progress = deadline.watching(observer.evaluating)
     observer.step("merging", trial)
     with watch.measuring("merge"):

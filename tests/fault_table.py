@@ -124,14 +124,15 @@ class FaultTable:
         write = terminalreporter.write_line
         terminalreporter.section("faults")
         write(f"{'case':>4}  {'':<60} {'tests':>5} {'tries':>6} {'lost trials':>12}")
-        for case in sorted(CASES):
-            tests, tries, lost, failed, skipped = rows.get(case, [0] * 5)
+        for case in sorted(rows):
+            tests, tries, lost, failed, skipped = rows[case]
             gone = str(lost) if case in at_stake else "-"
             note = "".join([f"  {failed} FAILED" * bool(failed), f"  {skipped} skipped" * bool(skipped)])
-            missing = "" if tests or skipped else "  not run"
-            write(f"{case:>4}  {CASES[case]:<60} {tests:>5} {tries:>6} {gone:>12}{note}{missing}")
+            write(f"{case:>4}  {CASES[case]:<60} {tests:>5} {tries:>6} {gone:>12}{note}")
         total = [sum(row[i] for row in rows.values()) for i in range(3)]
         write(f"{'':>4}  {'all':<60} {total[0]:>5} {total[1]:>6} {total[2]:>12}")
+        if missing := [str(case) for case in sorted(CASES) if case not in rows]:
+            write(f"cases without a test in this run: {', '.join(missing)}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -33,7 +33,7 @@ from tests.postgresql_server import Server, running_server
 def sessions(server: Server, url: str) -> int:
     """Connections to a database at this moment; one that is closed takes the server a moment."""
     counts = f"select count(*) from pg_stat_activity where datname = '{url.rpartition('/')[2]}'"
-    for _ in range(5):
+    for _ in range(40):
         found = int(server.sql(counts)[0][0])
         if found == 0:
             break
@@ -53,15 +53,22 @@ def end_sessions(server: Server, url: str) -> int:
 def test_a_worker_holds_no_connection_while_it_evaluates_and_one_while_it_proposes(
     postgresql: Server, postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the server's own list of sessions, at every step of a study."""
+    """Oracle: the server's own list of sessions, at every step of a study.
+
+    On the report split a recipe's reservation is a session.
+    """
     seen: dict[str, set[int]] = defaultdict(set)
+    held: set[int] = set()
 
     class Counting(Observer):
+        reports = False
+
         def step(self, step: Step, trial: TrialRecord) -> None:
             if trial.number in (0, 12):
-                seen[step].add(sessions(postgresql, postgresql_url))
+                (held if self.reports else seen[step]).add(sessions(postgresql, postgresql_url))
 
         def reporting(self, done: int, of: int) -> None:
+            self.reports = True
             if done < 2:
                 seen["reporting"].add(sessions(postgresql, postgresql_url))
 
@@ -76,6 +83,7 @@ def test_a_worker_holds_no_connection_while_it_evaluates_and_one_while_it_propos
     assert seen.pop("proposing") == {1}
     assert set(seen) == {"asked", "merging", "merged", "evaluated", "evidence", "reporting"}
     assert set.union(*seen.values()) == {0}
+    assert held == {1}
 
 
 def test_who_lost_the_session_of_a_lock_writes_nothing_under_it(

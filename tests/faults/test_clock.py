@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from optuna.distributions import FloatDistribution
 
 import search.storage
@@ -98,6 +99,7 @@ def _run_with_jumps(study: str, url: str) -> int:
                 type(self).count += 1
                 _set_clock(JUMPS[self.count % len(JUMPS)], self.real)
 
+    torch.set_num_threads(1)  # as in the tests' own process
     search.storage.BEAT_SECONDS = 0.005
     run(*create(load_study_file(Path(study)), url, "cpu"), Jumping())
     return Jumping.count

@@ -64,6 +64,8 @@ def test_any_bytes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
 
     for seed in seeds:
         target(seed)
+    for data in (b"{", b"\x00" * 16):  # what is imported at the first error is no reader's time
+        target(data)
     fuzz()
     fault.struck(count[0])
 
