@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 TETHER_SECONDS = 20
+_arrived: list[int] = []  # signals since the block began in which they are handled
 
 
 class Interrupted(BaseException):
@@ -46,14 +47,20 @@ def deferred() -> Iterator[Callable[[], None]]:
         yield check
 
 
+def check_interrupted() -> None:
+    """Raises `Interrupted` again if it was raised where Python drops exceptions, in a finalizer or a callback."""
+    if _arrived:
+        raise Interrupted(_arrived[0])
+
+
 @contextmanager
 def _handled(first: Callable[[int], None]) -> Iterator[None]:
-    arrived: list[int] = []
+    _arrived.clear()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if arrived:
+        if _arrived:
             os._exit(128 + number)
-        arrived.append(number)
+        _arrived.append(number)
         first(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -62,6 +69,7 @@ def _handled(first: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _arrived.clear()
 
 
 def tether() -> None:
@@ -74,7 +82,8 @@ def tether() -> None:
         with suppress(OSError):
             while os.read(handle, 4096):
                 pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not _arrived:  # else it is ending already, and a second signal would cut that short
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(TETHER_SECONDS)
         os._exit(128 + signal.SIGTERM)
 

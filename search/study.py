@@ -31,7 +31,7 @@ from search.errors import DiskError, EvaluationError, MergeError, StorageError, 
 from search.evidence import EvidenceFolder
 from search.fidelity.stages import Scored, Stages, as_learnt
 from search.front import non_dominated
-from search.interrupt import Interrupted
+from search.interrupt import Interrupted, check_interrupted
 from search.materials import Materials, Split
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
@@ -161,6 +161,7 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
     """
     store = worker.store
     while True:
+        check_interrupted()
         with worker.watch.measuring("store"), store.exclusive():
             trial = store.adopt() or _drawn(worker, first)
         if trial is not None:

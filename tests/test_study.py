@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from search.budget import expected_trials, set_budget, set_tokens
 from search.config import load_study_file
 from search.errors import DiskError
 from search.evidence import EvidenceFolder
-from search.interrupt import Interrupted
+from search.interrupt import Interrupted, interruptible
 from search.materials import Materials
 from search.observer import Observer
 from search.opening import create
@@ -201,3 +203,26 @@ def test_a_signal_between_a_claim_and_its_run_gives_the_trial_back(
     assert [t.state for t in store.trials()] == ["complete"] * 3 + ["waiting"]
     run(store, materials)
     assert [t.attributes["tries"] for t in store.trials()] == [1] * len(store.trials())
+
+
+@pytest.mark.fault(2)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_arrives_in_a_finalizer_is_not_lost(opened: tuple[StudyStore, Materials]) -> None:
+    """Python prints an exception there and drops it; the study ends after that trial all the same."""
+    store, materials = opened
+
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # the handler raises here
+
+    class Striking(Observer):
+        def step(self, step: str, trial: TrialRecord) -> None:
+            if step == "merged" and trial.number == 2:
+                Finalized()
+
+    with pytest.raises(Interrupted), interruptible():
+        run(store, materials, Striking())
+    assert [t.state for t in store.trials()] == ["complete"] * 3
+    run(store, materials)
+    assert all(t.state == "complete" for t in store.trials())
