@@ -2,7 +2,7 @@
 
 The storage stays the single truth. Workers need nothing from each other nor from this process, which works on nothing
 itself: a cluster's head has no device. Every worker is a child process of its actor and ends with it, whatever ends
-the actor, since its input then ends (`interrupt.tethered`).
+the actor, since its input then ends (`interrupt.tether`).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def resume_command(
     """The arguments with which a process works on the study beside others; the storage is named in its environment."""
     command = ["resume", store.name, "--device", device, "--grace", str(store.grace), "--as-worker"]
     if local_parents is not None:
-        command += ["--local-parents", str(local_parents.absolute())]
+        command += ["--local-parents", str(local_parents.expanduser().absolute())]
     for override in overrides:
         command += ["--set", override]
     return command

@@ -229,3 +229,15 @@ def test_workers_beside_read_the_same_copies(study: Path, tmp_path: Path, cli: C
     code, _, err = cli("launch", study, "--workers", "2", "--local-parents", "copies", "--set", "trials=2")
     assert code == 0, err
     assert len(copies(tmp_path / "copies")) == 2
+
+
+def test_what_else_lies_in_the_folder_is_left_alone(study: Path, tmp_path: Path) -> None:
+    """Names that look staged, but are no digest's, are somebody's own: a home folder may be given."""
+    local = tmp_path / "local"
+    for name in ("data", ".data.old", ".bashrc.old", ".mine.0.part"):
+        (local / name).mkdir(parents=True)
+        (local / name / "file").write_text(name)
+    create(load_study_file(study), url_of(tmp_path), "cpu", local_parents=local)
+    for name in ("data", ".data.old", ".bashrc.old", ".mine.0.part"):
+        assert (local / name / "file").read_text() == name
+    assert len(copies(local)) == 4 + 2

@@ -13,6 +13,7 @@ from search.compare.runs import checkpoints, run_entries
 from search.compare.standings import Standings, read_standings
 from search.compare.table import comparison_table
 from search.config import StudyConfig
+from search.database import shown
 from search.errors import ConfigError, DiskError
 from search.materials import Materials
 from search.opening import read_config
@@ -73,7 +74,7 @@ def compare(
         len(every),
         f"{tokens:,}",
         tokens / materials.evaluator("search").tokens,
-        url,
+        shown(url),
     )
     start = ["compare", str(study), "--engines", engines, "--budget", budget, "--seeds", str(seeds)]
     start += ["--device", device, "--workers", str(workers)]

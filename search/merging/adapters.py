@@ -154,7 +154,7 @@ def _in_cache(final: Path) -> Iterator[None]:
     """Holds the cache folder, and says in every error of the disk what names it."""
     other = f"another process that merges an adapter in this folder ({_VARIABLE})"
     try:
-        with locked_folder(final.parent, stale="*", other=other, remedy=""):
+        with locked_folder(final.parent, stale="[0-9a-f]" * 32, other=other, remedy=""):
             yield
     except (DiskError, ExportError) as error:
         if isinstance(error, ExportError) and (final / "config.json").is_file():

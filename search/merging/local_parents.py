@@ -94,7 +94,9 @@ class LocalParents:
     def _make(self, label: str, files: Sequence[Path], final: Path) -> None:
         waiting = "another worker that copies a parent here"
         try:
-            with locked_folder(self._root, stale="*", other=waiting, remedy="Give another --local-parents."):
+            with locked_folder(
+                self._root, stale="[0-9a-f]" * 32, other=waiting, remedy="Give another --local-parents."
+            ):
                 if final.exists():  # another worker was first
                     return
                 check_space(self._root, sum(file.stat().st_size for file in files))

@@ -135,9 +135,7 @@ def generate_answers(
         if as_json:
             segments = [{"author": piece.author, "text": piece.text} for piece in pieces]
             finish = pieces[-1].finish if pieces else "length"
-            yield json.dumps(
-                {"prompt": prompt, "text": text, "finish": finish, "segments": segments}, ensure_ascii=False
-            )
+            yield json.dumps({"prompt": prompt, "text": text, "finish": finish, "segments": segments})
         else:
             yield text
     total = max(1, sum(shares.values()))
