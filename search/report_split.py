@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from search.database import reserved
+from search.interrupt import check_interrupted
 from search.observer import Observer
 from search.storage import StudyStore, TrialRecord
 
@@ -39,6 +40,7 @@ def score_report_split(
     observer.reporting(0, of)
     while left:
         for record in left:
+            check_interrupted()
             # A purpose of its own: who runs a comparison's entries holds a reservation meanwhile.
             name = f"{store.name}:{record.attributes['recipe']}"
             with reserved(store.url, name, purpose="report") as mine:

@@ -171,6 +171,7 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
             # workers would keep it from those that have something to tell. Who failed a trial draws in its place.
             time.sleep(pause := POLL_SECONDS)
             while store.all_taken():
+                check_interrupted()
                 time.sleep(pause)
                 pause = min(LONGEST_POLL_SECONDS, 1.3 * pause)
         else:
@@ -237,12 +238,13 @@ def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
     next worker runs the same recipe again."""
     store, observer, failure = worker.store, worker.observer, ""
     try:
+        # Until the end: who waits for the store to tell lives, too.
         with store.beating(trial.number):
             result = _known(store, trial) or _measured(worker, trial)
-        observer.step("evidence", trial)
-        with worker.watch.measuring("store"):
-            tell = store.stop if result.stopped else store.complete
-            told = tell(trial.number, result.values, {**result.attributes, ATTRIBUTE: worker.watch.lap()})
+            observer.step("evidence", trial)
+            with worker.watch.measuring("store"):
+                tell = store.stop if result.stopped else store.complete
+                told = tell(trial.number, result.values, {**result.attributes, ATTRIBUTE: worker.watch.lap()})
     except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:
         # RuntimeError is how torch says out of memory; what it says is kept with the trial.
         failure = " ".join(str(error).split()) or type(error).__name__
