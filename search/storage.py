@@ -11,9 +11,9 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -35,6 +35,7 @@ BEAT_SECONDS = 20.0
 GRACE_SECONDS = 150.0  # a worker of another machine that was silent so long is taken for dead
 
 _ATTRIBUTE = "mergefront:"
+T = TypeVar("T")
 
 
 class StudyStore:
@@ -225,23 +226,23 @@ class StudyStore:
 
     def fail(self, number: int, error: str) -> None:
         """Fails a trial of this worker, with the reason."""
-        with self.exclusive():
+
+        def fail(again: bool) -> None:
             if self._is_mine(number):
                 self._set_state(number, TrialState.FAIL, error=error)
 
-    def give_back(self, number: int) -> None:
-        """Puts an interrupted trial of this worker back into the queue, to be run again with the same recipe."""
-        with self.exclusive():
-            if self._is_mine(number):
-                self._set_state(number, TrialState.WAITING)
+        self._held(fail)
 
     def give_back_all(self) -> None:
-        """Puts back whatever this very process has: claimed a moment ago, or left by an earlier run of it that could
-        not even give it back."""
-        with self.exclusive():
+        """Puts interrupted trials of this very process back into the queue, to be run again with the same recipes:
+        claimed a moment ago, or left by an earlier run of it that could not even give them back."""
+
+        def give_back(again: bool) -> None:
             for record in self._refreshed().open:
-                if record.state == "running" and record.attributes.get("worker") == this_worker().to_json():
+                if record.state == "running" and self._owns(record):
                     self._set_state(record.number, TrialState.WAITING)
+
+        self._held(give_back)
 
     @contextmanager
     def beating(self, number: int) -> Iterator[None]:
@@ -264,31 +265,15 @@ class StudyStore:
             yield
         finally:
             stop.set()
-            thread.join(
-                BEAT_SECONDS / 4
-            )  # it may be waiting for a server that is away; a beat too many does no harm
+            # It may be waiting for a server that is away; a beat too many does no harm.
+            thread.join(BEAT_SECONDS / 4)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _finish(
         self, number: int, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]
     ) -> bool:
-        try:
-            return self._told(number, state, values, attributes, again=False)
-        except LostConnectionError as error:  # what was measured took long: it is not thrown away for that
-            logger.warning("telling trial %d once more: %s", number, error)
-            return self._told(number, state, values, attributes, again=True)
-
-    def _told(
-        self,
-        number: int,
-        state: TrialState,
-        values: list[float] | None,
-        attributes: Mapping[str, Any],
-        *,
-        again: bool,
-    ) -> bool:
-        with self.exclusive():
+        def tell(again: bool) -> bool:
             record = self._read(number)
             if not self._owns(record):
                 logger.warning(
@@ -301,6 +286,22 @@ class StudyStore:
                 self.annotate(number, key, value)
             self._set_state(number, state, values=values)
             return True
+
+        return self._held(tell)
+
+    def _held(self, work: Callable[[bool], T]) -> T:
+        """Does work under the lock, once more if the connection breaks meanwhile: servers restart at any moment.
+
+        Args:
+            work: is told whether it is done again; then what it writes may be there already.
+        """
+        try:
+            with self.exclusive():
+                return work(False)
+        except LostConnectionError as error:
+            logger.warning("writing once more: %s", error)
+            with self.exclusive():
+                return work(True)
 
     def _refreshed(self) -> History:
         with translated(self.url):

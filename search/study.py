@@ -9,14 +9,13 @@ weights, `objectives` measures, `fidelity` measures no more than it takes, `stor
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,14 @@ from search.baselines import missing_baseline
 from search.batches import size_batches, size_batches_held
 from search.budget import within_tokens
 from search.deadline import Deadline
-from search.errors import DiskError, EvaluationError, MergeError, StorageError, TooManyFailuresError
+from search.errors import (
+    DiskError,
+    EvaluationError,
+    LostConnectionError,
+    MergeError,
+    StorageError,
+    TooManyFailuresError,
+)
 from search.evidence import EvidenceFolder
 from search.fidelity.stages import Scored, Stages, as_learnt
 from search.front import non_dominated
@@ -36,36 +42,15 @@ from search.materials import Materials, Split
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
 from search.report_split import score_report_split
+from search.results import Memory, Result
 from search.samplers import Engine, Proposal, Sources, WeightedGradient, make_engine
 from search.storage import StudyStore, TrialRecord
+
+logger = logging.getLogger("mergefront")
 
 MAX_FAILURES_IN_A_ROW = 5  # then the set-up is broken, not the recipes
 POLL_SECONDS = 0.5
 LONGEST_POLL_SECONDS = 5.0  # a server may have hundreds of workers that wait for the last trials
-
-
-@dataclass(frozen=True)
-class _Result:
-    """Values in the order of the objectives and what is stored beside them; of a stopped trial, estimates of them."""
-
-    values: Sequence[float]
-    attributes: Mapping[str, Any]
-    stopped: bool = False
-
-
-@dataclass
-class Memory:
-    """What recipes scored, for several studies that one process runs on the same materials in one storage.
-
-    Attributes:
-        search: recipe -> its result, tokens included: a trial counts what it would have taken.
-        report: recipe -> evidence of its answers and of its diversity on the report split.
-
-    Both ask for the folder of the evidence, too: a study finds its own there.
-    """
-
-    search: dict[tuple[Path, str], _Result] = field(default_factory=dict)
-    report: dict[tuple[Path, str], tuple[str, str | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,11 +147,17 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
     store = worker.store
     while True:
         check_interrupted()
-        with worker.watch.measuring("store"), store.exclusive():
-            trial = store.adopt() or _drawn(worker, first)
+        try:
+            trial, left = _ask(worker, first)
+        except (
+            LostConnectionError
+        ) as error:  # of the lock; the trial may have been claimed before its answer was lost
+            logger.warning("asking once more: %s", error)
+            store.give_back_all()
+            trial, left = _ask(worker, first)
         if trial is not None:
             yield trial
-        elif any(record.state in ("running", "waiting") for record in store.trials()):
+        elif left:
             # Other workers have the last ones; should one die, its trial is ours. Looking does not hold the store: idle
             # workers would keep it from those that have something to tell. Who failed a trial draws in its place.
             time.sleep(pause := POLL_SECONDS)
@@ -176,6 +167,17 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
                 pause = min(LONGEST_POLL_SECONDS, 1.3 * pause)
         else:
             return
+
+
+def _ask(worker: _Worker, first: int) -> tuple[TrialRecord | None, bool]:
+    """A trial for this worker, if there is one to take over or to draw; else whether others have some."""
+    store = worker.store
+    with worker.watch.measuring("store"), store.exclusive():
+        trial = store.adopt() or _drawn(worker, first)
+        # Looked up while none can fail: who leaves says by that that the study is complete.
+        return trial, trial is None and any(
+            record.state in ("running", "waiting") for record in store.trials()
+        )
 
 
 def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
@@ -263,7 +265,7 @@ def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
         observer.finished(trial, result.values)
 
 
-def _known(store: StudyStore, trial: TrialRecord) -> _Result | None:
+def _known(store: StudyStore, trial: TrialRecord) -> Result | None:
     """The result of a finished trial with the same recipe: genetic algorithms propose exact duplicates.
 
     What was stopped once stays stopped: the front has not become worse since.
@@ -274,10 +276,10 @@ def _known(store: StudyStore, trial: TrialRecord) -> _Result | None:
     kept = ("evidence", "diversity", "partial", "scored", "reason")
     attributes = {key: twin.attributes[key] for key in kept if key in twin.attributes}
     values = twin.attributes["estimate"] if twin.values is None else twin.values
-    return _Result(values, {**attributes, "same_as": twin.number}, stopped=twin.values is None)
+    return Result(values, {**attributes, "same_as": twin.number}, stopped=twin.values is None)
 
 
-def _measured(worker: _Worker, trial: TrialRecord) -> _Result:
+def _measured(worker: _Worker, trial: TrialRecord) -> Result:
     key, known = (worker.evidence.path, trial.attributes["recipe"]), worker.memory.search
     if key in known:
         return known[key]
@@ -287,7 +289,7 @@ def _measured(worker: _Worker, trial: TrialRecord) -> _Result:
     return found
 
 
-def _scored(worker: _Worker, trial: TrialRecord) -> _Result:
+def _scored(worker: _Worker, trial: TrialRecord) -> Result:
     scored, diversity = _evaluated(worker, trial, "search")
     evaluation, verdict = scored.evaluation, scored.verdict
     values: list[float] = [] if verdict is None else list(verdict.estimate)
@@ -305,11 +307,11 @@ def _scored(worker: _Worker, trial: TrialRecord) -> _Result:
         if verdict is not None:
             part = [len(evaluation.outcomes), scored.questions]
             attributes = {"partial": saved, "scored": part, "tokens": tokens, "reason": verdict.reason}
-            return _Result(values, attributes, stopped=True)
+            return Result(values, attributes, stopped=True)
         attributes = {"evidence": saved, "tokens": tokens}
         if diversity is not None:
             attributes["diversity"] = worker.evidence.save(diversity)
-        return _Result(values, attributes)
+        return Result(values, attributes)
 
 
 def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Scored, Diversity | None]:

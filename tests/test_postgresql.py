@@ -154,6 +154,29 @@ def test_a_result_is_told_once_more_when_the_connection_breaks(
     assert not store.complete(number, [0.75, 0.5]), "it is over"
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_trial_is_asked_for_once_more_when_the_connection_breaks(
+    postgresql: Server, postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The lock is lost while a trial is claimed. Oracle: the run goes on to the exact budget, every trial tried once."""
+    claim, cuts = StudyStore.claim, iter([False] * 5 + [True])
+
+    def cut(*arguments: Any) -> TrialRecord:
+        if not next(cuts, False):
+            return claim(*arguments)
+        if moment == "after":
+            claim(*arguments)
+        assert end_sessions(postgresql, postgresql_url) == 1
+        return claim(*arguments)
+
+    monkeypatch.setattr(StudyStore, "claim", cut)
+    store, materials = create(load_study_file(write_study(tmp_path, trials=2)), postgresql_url, "cpu")
+    run(store, materials, report=False)
+    found = [(t.number, t.state, t.attributes["tries"]) for t in store.trials()]
+    assert found == [(number, "complete", 1) for number in range(len(materials.baselines) + 2)]
+    assert next(cuts, None) is None
+
+
 def test_a_lock_is_waited_for_whatever_the_servers_time_limits_are(
     postgresql: Server, postgresql_url: str
 ) -> None:

@@ -93,7 +93,8 @@ class TestStorage:
             watching.trials()
             store.complete(number, values, {"evidence": "e", "nested": {"ä": [1, None]}})
         store.fail(claim(store, a=0.3), "no reason")
-        store.give_back(claim(store, z=0.1, a=1.0))
+        claim(store, z=0.1, a=1.0)
+        store.give_back_all()
         claim(store, **{f"group.{index}": index / 300 for index in range(300)})
         states = {"COMPLETE": "complete", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
         theirs = [
@@ -159,7 +160,8 @@ class TestStorage:
     def test_given_back_and_orphaned_trials_are_adopted_first_come(self, storage_url: str) -> None:
         store = new_store(storage_url)
         first, second = claim(store, a=0.1), claim(store, a=0.2)
-        store.give_back(second)
+        store.annotate(first, "worker", replace(this_worker(), host="elsewhere").to_json())
+        store.give_back_all()
         with store.exclusive():
             adopted = store.adopt()
             assert adopted is not None

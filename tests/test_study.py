@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
 from objectives.evaluator import Evaluation
 from search.baselines import BASELINES
@@ -185,6 +187,39 @@ def test_idle_workers_leave_the_store_to_those_with_something_to_tell(
     assert looks >= 30
     assert holds == 3  # an ask that finds nothing, the other's tell, and an ask that finds all told
     assert [t.state for t in store.trials()] == ["complete"] * (FIRST + 1)
+
+
+def test_a_worker_draws_in_the_place_of_a_trial_that_fails_while_it_looks_whether_it_may_leave(
+    opened: tuple[StudyStore, Materials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker's last trial fails the moment after this one asked in vain."""
+    store, materials = opened
+    set_budget(store, 1)
+    other, exclusive, failed = Worker("elsewhere", "boot", "", 1, "1"), StudyStore.exclusive, []
+
+    @contextmanager
+    def failing(self: StudyStore) -> Iterator[None]:
+        with exclusive(self):
+            yield
+        theirs = [t.number for t in self.trials() if t.attributes["worker"] == other.to_json()]
+        if theirs and not failed:
+            failed.append(theirs[0])
+            self._set_state(theirs[0], TrialState.FAIL, error="out of memory")
+
+    class TakesLast(Observer):
+        def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
+            if trial.number == FIRST - 1:
+                recipe = materials.space.uniform(0.25)
+                attributes = {"method": recipe.method, "recipe": recipe.key}
+                with monkeypatch.context() as patched:
+                    patched.setattr("search.storage.this_worker", lambda: other)
+                    store.claim("search", recipe.coefficients, materials.distributions, attributes, {})
+
+    monkeypatch.setattr("search.study.POLL_SECONDS", 0.01)
+    monkeypatch.setattr(StudyStore, "exclusive", failing)
+    run(store, materials, TakesLast(), report=False)
+    assert failed == [FIRST]
+    assert [t.state for t in store.trials()] == ["complete"] * FIRST + ["failed", "complete"]
 
 
 @pytest.mark.fault(2)

@@ -10,8 +10,9 @@ from search.compare.entrants import Entry
 from search.database import reserved
 from search.materials import Materials
 from search.opening import create
+from search.results import Memory
 from search.storage import StudyStore
-from search.study import POLL_SECONDS, Memory, run
+from search.study import POLL_SECONDS, run
 
 logger = logging.getLogger("mergefront")
 

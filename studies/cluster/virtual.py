@@ -25,9 +25,10 @@ from search.evidence import EvidenceFolder
 from search.observer import Observer
 from search.opening import create
 from search.profile import Stopwatch
+from search.results import Memory, Result
 from search.samplers import Sources, make_engine
 from search.storage import GRACE_SECONDS, StudyStore, TrialRecord
-from search.study import Memory, _drawn, _known, _measured, _Result, _Worker
+from search.study import _drawn, _known, _measured, _Worker
 from search.worker import Worker
 
 NEAR = 0.01  # coefficients that differ by less make nearly the same merge
@@ -153,7 +154,7 @@ class VirtualWorker:
 
     def __init__(self, store: VirtualStore | MemoryStore, worker: _Worker, place: int) -> None:
         self.store, self._worker, self._place, self._lives = store, worker, place, 0
-        self._result: _Result | None = None
+        self._result: Result | None = None
 
     @property
     def identity(self) -> Worker:

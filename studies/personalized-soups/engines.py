@@ -23,7 +23,8 @@ from search.board import Row, read_board
 from search.materials import Materials
 from search.opening import create
 from search.picks import pick
-from search.study import Memory, run
+from search.results import Memory
+from search.study import run
 
 SHARES = (1 / 3, 2 / 3, 1.0)
 

@@ -103,5 +103,5 @@ def test_a_late_result_of_a_frozen_worker_is_dropped(tmp_path: Path) -> None:
     other.annotate(number, "worker", replace(this_worker(), host="elsewhere").to_json())
     assert not frozen.complete(number, [0.9, 0.9])
     frozen.fail(number, "late")
-    frozen.give_back(number)
+    frozen.give_back_all()
     assert other.trials()[0].state == "running"
