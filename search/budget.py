@@ -11,10 +11,16 @@ from search.errors import ConfigError
 from search.storage import StudyStore, TrialRecord
 
 
-def set_budget(store: StudyStore, text: str | int | None) -> int:
-    """The number of search trials beyond the baselines: `80` sets it (never below what is done), `+50` adds to it."""
+def set_budget(store: StudyStore, text: str | int | None, at_least: int = 0) -> int:
+    """The number of search trials beyond the baselines: `80` sets it (never below what is done), `+50` adds to it.
+
+    Args:
+        at_least: what it is raised to if there is no text.
+    """
     with store.exclusive():
         budget = int(store.attribute("trials"))
+        if text is None and budget < at_least:
+            store.set_attribute("trials", budget := at_least)
         if text is not None:
             number = str(text).strip()
             if not re.fullmatch(r"\+?[0-9]{1,8}", number):

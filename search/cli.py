@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from search import __version__
-from search.console import printable, say
+from search.console import say
 from search.errors import MergefrontError
 from search.interrupt import Interrupted, interruptible, tether
 from search.model_commands import models
@@ -42,6 +42,7 @@ from search.options import (
     Tether,
     Workers,
 )
+from search.printable import printable
 from search.running import ray_options, run_study
 from search.switch_commands import switch
 
@@ -135,7 +136,7 @@ def launch(
             config, url, here, fresh=fresh, grace=grace, local_parents=None if ray else local_parents
         )
         # A budget that was extended before is not taken back by launching the same file again.
-        set_budget(store, trials if trials is not None else max(config.trials, set_budget(store, None)))
+        set_budget(store, trials, at_least=config.trials)
         run_study(
             store,
             materials,

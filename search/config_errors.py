@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from search.printable import printable
+
 # What pydantic adds to the place of an error where a value may be of several types.
 _NO_KEYS = ("[key]", "float", "str", "list[float]", "list[str]")
 _MOST = 100  # characters of a key or a value that are shown
@@ -23,7 +25,7 @@ def explain(error: ValidationError, model: type[BaseModel], inside: Mapping[str,
     # A misspelt key often shows up twice, as unknown and as missing: the first says what to do.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     path = [part for part in detail["loc"] if part not in _NO_KEYS]
-    key = ".".join(map(_shown, path))
+    key = ".".join(printable(str(part), limit=_MOST) for part in path)
     if detail["type"] == "extra_forbidden":
         hint = difflib.get_close_matches(str(path[-1])[:_MOST], _keys_at(path[:-1], model, inside), n=1)
         return f"{key}: unknown key." + (f" Did you mean '{hint[0]}'?" if hint else "")
@@ -51,12 +53,6 @@ def _first_keys(path: Sequence[Any], model: type[BaseModel], inside: Mapping[str
 
 def _cut(text: str, limit: int = _MOST) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def _shown(part: object) -> str:
-    """A key as it may be printed: one line, whatever the file holds."""
-    text = _cut(str(part))
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _keys_at(path: Sequence[Any], model: Any, inside: Mapping[str, type[BaseModel]]) -> list[str]:

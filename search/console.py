@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from search.errors import ConfigError
+from search.printable import printable
 
 
 @cache
@@ -22,15 +23,6 @@ def stderr_console() -> Console:
     No colour, no bar, no carriage return unless it is a terminal.
     """
     return Console(file=sys.stderr, soft_wrap=True)
-
-
-def printable(text: str, keep: str = "") -> str:
-    r"""Text with control, direction and undecodable characters shown as escapes: names of files are not ours.
-
-    >>> printable("a\x1b[31m\n\u202eb", keep="\n")
-    'a\\x1b[31m\n\\u202eb'
-    """
-    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def say(text: object, *, end: str = "\n", flush: bool = False, file: TextIO | None = None) -> None:

@@ -26,8 +26,10 @@ from search.server import (
     SessionLostError,
     engine_options,
     is_lost,
+    server_url,
     session_lock,
     session_try,
+    without_secrets,
 )
 
 _DAMAGED = ("Could not decode", "can't decode", "isoformat", "unknown state")  # what readers of rows say
@@ -44,13 +46,13 @@ def shown(url: str) -> str:
     path = sqlite_path(url)
     if path is not None:
         return str(path)
+    scheme, sign, _ = url.partition("://")
+    if not sign:
+        return "..." if set(url) & set("=@") else url  # the server's own notation; else somebody's file
     try:
-        parts = sqlalchemy.engine.make_url(url)
+        return without_secrets(server_url(url)).render_as_string(hide_password=True)
     except (SQLAlchemyError, ValueError):
-        return f"{url.partition('://')[0]}://..."  # who knows which part is the password
-    if "@" in (parts.host or ""):
-        return f"{parts.drivername}://..."  # a password with an @ in it
-    return parts.difference_update_query(["password", "sslpassword"]).render_as_string(hide_password=True)
+        return f"{scheme}://..."  # who knows which part is the password
 
 
 def connect(url: str, *, create: bool) -> RDBStorage:

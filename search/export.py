@@ -35,6 +35,7 @@ from search.merging.parents import Parents
 from search.merging.save import check_saved, save_checkpoint, size_of
 from search.model_card import model_card
 from search.opening import check_identity, moved_config
+from search.server import server_url, without_secrets
 from search.space import CoefficientSpace, Recipe
 from search.staging import check_space, locked_folder, staged_folder
 from search.storage import StudyStore
@@ -194,11 +195,8 @@ def portable_url(url: str) -> str:
     path = sqlite_path(url)
     if path is not None:
         return f"sqlite:///{path.absolute()}"
-    from sqlalchemy.engine import make_url
-
     # `set` cannot take a password away, so the URL is put together without it.
-    parts = make_url(url).difference_update_query(["password"])
-    return parts._replace(password=None).render_as_string(hide_password=False)
+    return without_secrets(server_url(url))._replace(password=None).render_as_string(hide_password=False)
 
 
 def _check_targets(finals: Sequence[Path], overwrite: bool) -> None:

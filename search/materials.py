@@ -217,6 +217,10 @@ class Materials:
     def _report_evaluator(self) -> Evaluator:
         return Evaluator(self.scorer, self.tokenizer, self.questions.report, self.config.tasks)
 
+    def load(self, split: Split) -> None:
+        """Loads and tokenises what `evaluate` and `diversify` would at their first call."""
+        _ = self.evaluator(split), self.preferences, self._equivalence
+
     def merge(self, recipe: Recipe) -> None:
         """Writes the recipe's weights into the live model."""
         self.live.apply(blend_of(self.config, self.parents, self.space, recipe))

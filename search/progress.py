@@ -16,12 +16,12 @@ from rich.text import Text
 from search.alternatives import base_label
 from search.baselines import PARENTS
 from search.budget import expected_trials
-from search.console import printable
 from search.database import shown
 from search.front import hypervolume, non_dominated, worst_corner
 from search.materials import Materials
 from search.merging.placement import device_title
 from search.observer import Observer, Step
+from search.printable import printable
 from search.storage import StudyStore, TrialRecord
 
 logger = logging.getLogger("mergefront")

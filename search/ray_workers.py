@@ -24,7 +24,7 @@ from search.errors import ConfigError, MergefrontError, StorageError
 from search.interrupt import Interrupted, deferred
 from search.observer import Observer
 from search.ray_actor import actor_class
-from search.storage import StudyStore
+from search.storage import StudyStore, TrialRecord
 from search.workers import END_SECONDS, resume_command
 
 logger = logging.getLogger("mergefront")
@@ -141,11 +141,12 @@ class _Driver:
     slots: list[_Slot]
     check: Callable[[], None]  # raises if this process shall end
     seen: set[int] = field(default_factory=set)
+    read: Sequence[TrialRecord] = ()
 
     def run(self) -> None:
-        records = self.store.trials()
-        self.seen = {record.number for record in records if record.finished}
-        self.observer.started(records, self.total)
+        self.read = self.store.trials()
+        self.seen = {record.number for record in self.read if record.finished}
+        self.observer.started(self.read, self.total)
         try:
             for slot in self.slots:
                 self._start(slot)
@@ -159,7 +160,7 @@ class _Driver:
                         code,
                     )
             self._look()
-            self.observer.ended(self.store.trials())
+            self.observer.ended(self._records())
             self._end(patience=END_SECONDS)  # they found the study complete, too
         finally:
             self._end()
@@ -215,7 +216,13 @@ class _Driver:
     @property
     def _searching(self) -> bool:
         """Whether a candidate was scored: what fails from now on is a machine rather than the set-up."""
-        return any(record.state == "complete" and record.kind == "search" for record in self.store.trials())
+        return any(record.state == "complete" and record.kind == "search" for record in self._records())
+
+    def _records(self) -> Sequence[TrialRecord]:
+        """The trials; as last read while the server is away. Should it stay so, the workers' errors say it."""
+        with suppress(StorageError):
+            self.read = self.store.trials()
+        return self.read
 
     def _start(self, slot: _Slot) -> None:
         slot.actor = self.actor.remote()
@@ -223,7 +230,7 @@ class _Driver:
         slot.placed_by = time.monotonic() + PATIENCE
 
     def _died(self, slot: _Slot, why: str, code: int = 1) -> None:
-        finished = any(r.finished and r.attributes.get("worker") == slot.worker for r in self.store.trials())
+        finished = any(r.finished and r.attributes.get("worker") == slot.worker for r in self._records())
         slot.deaths = 1 if finished else slot.deaths + 1
         slot.last = why, code
         self._kill(slot)
@@ -237,19 +244,16 @@ class _Driver:
 
     def _look(self) -> None:
         """Tells the observer of trials that were finished since the last look."""
-        with suppress(
-            StorageError
-        ):  # a server that restarts; should it stay away, the workers' errors say so
-            for record in self.store.trials():
-                if not record.finished or record.number in self.seen:
-                    continue
-                self.seen.add(record.number)
-                if record.values is not None:
-                    self.observer.finished(record, record.values)
-                elif record.state == "stopped":
-                    self.observer.stopped(record, str(record.attributes.get("reason", "")))
-                else:
-                    self.observer.failed(record, str(record.attributes.get("error", "unknown")))
+        for record in self._records():
+            if not record.finished or record.number in self.seen:
+                continue
+            self.seen.add(record.number)
+            if record.values is not None:
+                self.observer.finished(record, record.values)
+            elif record.state == "stopped":
+                self.observer.stopped(record, str(record.attributes.get("reason", "")))
+            else:
+                self.observer.failed(record, str(record.attributes.get("error", "unknown")))
 
     def _end(self, patience: float = 0.0) -> None:
         """Ends all workers; those that do not end by themselves within `patience` seconds give their trials back."""
@@ -282,10 +286,11 @@ def _imported(options: RayOptions) -> Any:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it reports to its makers otherwise
     if options.address == LOCAL:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it listens on loopback alone
+        # Workers do this machine's work. At Ray's 15 another busy process leaves them a thirtieth of a core.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     else:
-        os.environ.setdefault(
-            "RAY_BACKEND_LOG_LEVEL", "error"
-        )  # a line a second about a head that is not there
+        # Else a line a second about a head that is not there.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         import ray
     except ImportError as error:

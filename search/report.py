@@ -29,7 +29,8 @@ from search.plots.coefficients import coefficients_figure
 from search.plots.front import front_figure
 from search.plots.history import hypervolume_figure
 from search.plots.reliability import Panel, reliability_figure
-from search.plots.style import Picture, printable, render, render_svg
+from search.plots.style import Picture, render, render_svg
+from search.printable import printable
 from search.profile import read_profile
 from search.reading import beats, read, report_is_scored
 from search.staging import write_whole

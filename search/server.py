@@ -28,10 +28,13 @@ CONNECT_SECONDS = 10
 
 # A machine that vanished without a word is noticed within a minute, by the worker and by the server.
 _ALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
-# A session with a lock waits and works as long as it takes, whatever the server's defaults are.
+# A session with a lock waits and works as long as it takes, whatever the server's defaults are (those that it has: idle
+# sessions are ended by PostgreSQL 14 and later).
 _SESSION = {
     "statement_timeout": 0,
     "lock_timeout": 0,
+    "idle_session_timeout": 0,
+    "idle_in_transaction_session_timeout": 0,
     "tcp_keepalives_idle": 30,
     "tcp_keepalives_interval": 10,
     "tcp_keepalives_count": 3,
@@ -123,16 +126,30 @@ class FewConnections(NullPool):
         return self._met or any(text in said for text in _SOON)
 
 
+def server_url(url: str) -> sqlalchemy.URL:
+    """The parts of a server's URL.
+
+    Raises:
+        ValueError, sqlalchemy.exc.ArgumentError: it is no URL, or has more than one @. Then part of a password would be
+            taken for the host.
+    """
+    if url.count("@") > 1:
+        raise ValueError("more than one @")
+    return sqlalchemy.make_url(url)
+
+
+def without_secrets(parts: sqlalchemy.URL) -> sqlalchemy.URL:
+    """The URL without what its query says of passwords; the one before the host is left, which SQLAlchemy can hide."""
+    return parts.difference_update_query(["password", "sslpassword"])
+
+
 def engine_options(url: str) -> dict[str, Any]:
     """Arguments of `sqlalchemy.create_engine`; what the URL says itself stays.
 
     Raises:
-        ValueError, sqlalchemy.exc.ArgumentError: it is no URL.
+        ValueError, sqlalchemy.exc.ArgumentError: as `server_url`.
     """
-    parts = sqlalchemy.make_url(url)
-    if "@" in (parts.host or ""):
-        raise ValueError("a password with an @ in it")
-    said = parts.query
+    said = server_url(url).query
     arguments = {"connect_timeout": CONNECT_SECONDS, **_ALIVE}
     kept = {key: value for key, value in arguments.items() if key not in said}
     return {"poolclass": FewConnections, "connect_args": kept}
@@ -174,6 +191,7 @@ def session_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
 def session_try(engine: sqlalchemy.Engine, name: str) -> Iterator[bool]:
     """Whether a lock of this name could be had at once; then it is held while the block runs."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        _settle(connection)
         mine = bool(_call(connection, "pg_try_advisory_lock", name))
         try:
             yield mine
@@ -214,9 +232,14 @@ def _asked(engine: sqlalchemy.Engine, function: str, name: str) -> Any:
     # Without a transaction, which would stand open while the lock is waited for.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if function == "pg_advisory_lock":
-            settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in _SESSION.items())
-            connection.execute(sqlalchemy.text(f"select {settings}"))
+            _settle(connection)
         return _call(connection, function, name)
+
+
+def _settle(connection: sqlalchemy.Connection) -> None:
+    values = ", ".join(f"('{key}', '{value}')" for key, value in _SESSION.items())
+    known = f"(values {values}) as ours (name, value) join pg_settings as theirs on theirs.name = ours.name"
+    connection.execute(sqlalchemy.text(f"select set_config(ours.name, ours.value, false) from {known}"))
 
 
 def _call(connection: sqlalchemy.Connection, function: str, name: str) -> Any:

@@ -320,8 +320,9 @@ def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Score
     if (tokens := size_batches(worker.store, materials)) is not None:
         observer.batches(tokens)
     limit = materials.config.trial_seconds if split == "search" else None
+    stages = worker.stages if split == "search" and trial.kind == "search" else None
     if limit is not None:
-        materials.evaluator(split)  # loaded and tokenised once, which no trial's time limit shall pay for
+        materials.load(split)  # once, which no trial's time limit shall pay for
     deadline = Deadline(limit)
     progress = deadline.watching(observer.evaluating)
     observer.step("merging", trial)
@@ -330,7 +331,6 @@ def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Score
     deadline.check("the merge")
     observer.step("merged", trial)
     with watch.measuring("score"):
-        stages = worker.stages if split == "search" and trial.kind == "search" else None
         if stages is None:
             evaluation = materials.evaluate(split, progress)
             scored = Scored(evaluation, len(evaluation.outcomes))

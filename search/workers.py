@@ -59,10 +59,10 @@ def beside(commands: Sequence[Sequence[str]], url: str) -> Iterator[None]:
     }
     # A session of their own: Ctrl-C reaches this process alone, which then ends them once.
     start = [sys.executable, "-m", "search.cli", "-q"]
-    running = [
-        subprocess.Popen([*start, *command], env=environment, start_new_session=True) for command in commands
-    ]
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        for command in commands:
+            running.append(subprocess.Popen([*start, *command], env=environment, start_new_session=True))
         yield
         for process in running:
             process.wait()

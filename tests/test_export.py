@@ -235,7 +235,7 @@ def test_all_of_the_front(store: StudyStore, board: Board, tmp_path: Path) -> No
 def test_storage_is_written_down_without_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert portable_url("sqlite:///runs/x/study.db") == f"sqlite:///{tmp_path}/runs/x/study.db"
-    url = "postgresql+psycopg://me:secret@db.example:5432/studies?password=secret&sslmode=require"
+    url = "postgresql+psycopg://me:secret@db.example:5432/studies?password=secret&sslpassword=secret&sslmode=require"
     assert portable_url(url) == "postgresql+psycopg://me@db.example:5432/studies?sslmode=require"
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import search.study
 from search.config import load_study_file
-from search.database import exclusive
+from search.database import exclusive, reserved
 from search.errors import LostConnectionError, StorageError
 from search.observer import Observer, Step
 from search.opening import create
@@ -158,7 +158,7 @@ def test_a_result_is_told_once_more_when_the_connection_breaks(
 def test_a_trial_is_asked_for_once_more_when_the_connection_breaks(
     postgresql: Server, postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """The lock is lost while a trial is claimed. Oracle: the run goes on to the exact budget, every trial tried once."""
+    """The lock is lost while a trial is claimed. Oracle: the budget is met exactly, every trial tried once."""
     claim, cuts = StudyStore.claim, iter([False] * 5 + [True])
 
     def cut(*arguments: Any) -> TrialRecord:
@@ -181,7 +181,7 @@ def test_a_lock_is_waited_for_whatever_the_servers_time_limits_are(
     postgresql: Server, postgresql_url: str
 ) -> None:
     new_store(postgresql_url)
-    for limit in ("statement_timeout", "lock_timeout"):
+    for limit in ("statement_timeout", "lock_timeout", "idle_session_timeout"):
         postgresql.sql(f"alter database {postgresql_url.rpartition('/')[2]} set {limit} = '200ms'")
     got: list[float] = []
 
@@ -196,6 +196,11 @@ def test_a_lock_is_waited_for_whatever_the_servers_time_limits_are(
         assert not got
     waiting.join(20)
     assert got
+    with reserved(postgresql_url, "one") as mine:
+        assert mine
+        time.sleep(0.5)
+        with reserved(postgresql_url, "one") as twice:
+            assert not twice
 
 
 def test_a_session_that_has_a_lock_is_watched_by_the_server(postgresql_url: str) -> None:

@@ -39,9 +39,22 @@ def test_urls() -> None:
         "postgresql://me:se@secret@host/x",
         "postgresql://me:secret",
         "postgresql://me:se/secret@host:port/x",
+        "postgresql://me:se@se/secret@host/x",
+        "postgresql://me:se@secret?secret@host/x",
+        "postgresql://me:se@host/x?options=secret@",
+        "host=127.0.0.1 user=me password=secret",
+        "me:secret@host/x",
+        "mysql://me:secret@host/x",
     ):
         assert "secret" not in shown(url)
-    for url in ("postgresql://me:se@secret@host/x", "postgresql://me:secret", "postgresql://h:port/x"):
+    assert shown("postgresql://host/x?user=me@realm") == "postgresql://host/x?user=me%40realm"
+    assert shown("runs/study.db") == "runs/study.db"
+    for url in (
+        "postgresql://me:se@secret@host/x",
+        "postgresql://me:se@se/secret@host/x",
+        "postgresql://me:secret",
+        "postgresql://h:port/x",
+    ):
         with pytest.raises(StorageError, match="not a URL of a server, wanted postgresql") as refusal:
             connect(url, create=True)
         assert "secret" not in str(refusal.value)

@@ -129,6 +129,30 @@ def test_a_budget_of_tokens_is_never_exceeded(opened: tuple[StudyStore, Material
     assert len(store.trials()) == FIRST + 6, "its six trials end it first"
 
 
+def test_a_new_limit_of_tokens_stays_until_the_file_names_another(
+    opened: tuple[StudyStore, Materials],
+) -> None:
+    store, materials = opened
+    set_tokens(store, 1234)
+    config = materials.config
+    older = {key: value for key, value in config.to_json().items() if key != "trial_seconds"}
+    for stored in (config.to_json(), older):  # as an earlier version wrote it, which did not know a key
+        store.set_attribute("config", stored)
+        create(config, store.url, "cpu", materials=materials)
+        assert store.attribute("tokens") == 1234
+        assert store.attribute("config") == config.to_json()
+    create(config.model_copy(update={"tokens": 999}), store.url, "cpu", materials=materials)
+    assert store.attribute("tokens") == 999
+
+
+def test_a_budget_is_raised_to_what_a_file_says_and_never_lowered_by_it(
+    opened: tuple[StudyStore, Materials],
+) -> None:
+    store, _ = opened
+    assert [set_budget(store, None, at_least=n) for n in (8, 4)] == [8, 8]
+    assert [set_budget(store, text, at_least=20) for text in ("+2", "5")] == [10, 5]
+
+
 def test_baselines_are_scored_whatever_the_budget_of_tokens(opened: tuple[StudyStore, Materials]) -> None:
     store, materials = opened
     set_tokens(store, 1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from search.errors import CheckpointError
+from search.printable import printable
 
 MAX_HEADER = 100_000_000  # bytes; the cap of the safetensors library
 MAX_DIMENSIONS = 64  # what torch can hold; a product of more could take for ever
@@ -62,8 +63,7 @@ class Entry:
 
 def shown(text: str) -> str:
     """A name out of a file, fit for one line: control characters escaped, 120 characters at most."""
-    safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text[:200])
-    return safe if len(safe) <= 120 else safe[:117] + "..."
+    return printable(text, limit=120)
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from search.printable import printable
+
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PRE = "#0072B2"  # blue
 POST = "#D55E00"  # vermilion
@@ -123,15 +125,6 @@ def _saved(figure: Figure, kind: str) -> bytes:
     with _styled():
         figure.savefig(stream, format=kind, metadata=unset)
     return stream.getvalue()
-
-
-def printable(text: str) -> str:
-    r"""Text with control, direction and undecodable characters shown as escapes; the rest is left alone.
-
-    >>> printable("a\x1b[31m\n\u202eb")
-    'a\\x1b[31m\\n\\u202eb'
-    """
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def label(text: str, limit: int | None = None) -> str:

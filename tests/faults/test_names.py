@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from search.plots.reliability import Panel, reliability_figure
-from search.plots.style import Picture, label, printable, render_svg
+from search.plots.style import Picture, label, render_svg
+from search.printable import printable
 from tests.conftest import Cli
 from tests.pico import save_pair
 from tests.pico_study import write_questions, write_study
