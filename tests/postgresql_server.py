@@ -169,9 +169,8 @@ def _reachable(programs: Path, folder: Path, owner: dict[str, Any]) -> Path:
         pass
     tree, copy = programs.parent, folder / "programs"
     shutil.copytree(tree, copy / tree.parent.name / tree.name, symlinks=True)
-    libraries = (
-        tree.parent.parent / f"{tree.parent.name}.libs"
-    )  # of a Python package, found relative to the programs
+    # Of a Python package, found relative to the programs.
+    libraries = tree.parent.parent / f"{tree.parent.name}.libs"
     if libraries.is_dir():
         shutil.copytree(libraries, copy / libraries.name, symlinks=True)
     for place in (copy, *copy.rglob("*")):

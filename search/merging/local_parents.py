@@ -28,11 +28,8 @@ from search.staging import check_space, disk_errors, locked_folder, staged_folde
 
 logger = logging.getLogger("mergefront")
 
-_BESIDE = (
-    *TAGALONG,
-    "README.md",
-    INDEX,
-)  # of a parent, beside its config and weights; the card names its licence
+# Of a parent, beside its config and weights; the card names its licence.
+_BESIDE = (*TAGALONG, "README.md", INDEX)
 
 
 class LocalParents:
