@@ -65,6 +65,7 @@ def test_each_group_has_its_own_people_and_its_own_questions(study: dict[str, Mo
     assert 0.75 < (old != new).mean() < 0.97, "news are drawn from eight values, whatever was true before"
 
 
+@pytest.mark.slow
 def test_the_whole_study_with_pico_models(
     study: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,7 @@ def test_the_limit_is_the_front_of_everything(
         assert cells[5].startswith(f"{1000 * one.report.value:.2f} [")
 
 
+@pytest.mark.slow
 def test_what_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
     every, materials, url = opened(tmp_path, seeds=1, evaluations=12)
     with reserved(url, every[1].config.name):
@@ -187,6 +188,7 @@ def helped(folder: Path) -> list[str]:
     return [store.name for store in run_entries(every, materials, url, helping=True)]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_table_of_one(cli: Cli, tmp_path: Path) -> None:
     study = write_study(tmp_path)
     arguments = ["compare", str(study), "--engines", ENGINES, "--budget", "14x", "--seeds", "1"]

@@ -93,6 +93,7 @@ def searched(engine: str, name: str, seed: int, trials: int = 26) -> float:
     return hypervolume(points, [0.25, 0.5], maximise=(True, False))
 
 
+@pytest.mark.slow
 def test_it_finds_more_than_a_random_search() -> None:
     composite = [searched("composite", "gp", seed) for seed in range(3)]
     random = [searched("optuna", "random", seed) for seed in range(3)]

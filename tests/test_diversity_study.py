@@ -89,6 +89,7 @@ def test_a_temperature_changes_diversity(study: tuple[Path, str], cli: Cli) -> N
     assert tempered.report["accuracy"] == post.report["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_calibrated_trial_off_the_front_has_its_diversity(tmp_path: Path, cli: Cli) -> None:
     path = diverse_study(tmp_path / "study", trials=8)
     url = f"sqlite:///{tmp_path / 'study.db'}"

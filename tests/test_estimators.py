@@ -168,6 +168,7 @@ def test_abilities_of_the_bank_are_standardised(study: ModuleType) -> None:
     np.testing.assert_allclose(items.ability.T @ items.ability / len(items.ability), np.eye(3), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_parents_help_most_with_few_questions(measured: Callable[[float], Any]) -> None:
     error = measured(0.0)
     for at, size in enumerate((10, 20, 30)):

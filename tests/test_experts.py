@@ -187,10 +187,13 @@ def test_mergekit_rebuilds_the_whole_front(simplex: bool, tmp_path: Path) -> Non
     assert "gives all" in "".join(verify_folder(bare[0], None, [], "cpu"))
 
 
-ENGINES: tuple[dict[str, Any], ...] = (
+QUICK: tuple[dict[str, Any], ...] = (
     {"engine": "optuna", "name": "tpe"},
-    {"engine": "optuna", "name": "gp", "startup": 3},
     {"engine": "pymoo", "name": "nsga2", "population": 8},
+)
+ENGINES: tuple[dict[str, Any], ...] = (
+    *QUICK,
+    {"engine": "optuna", "name": "gp", "startup": 3},
     {"engine": "composite", "startup": 2},
     {"engine": "optuna", "name": "tpe", "knots": 2},
     {"engine": "optuna", "name": "tpe", "coarse": {"start": 2, "every": 3}},
@@ -199,7 +202,12 @@ ENGINES: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize(
     ("sampler", "simplex"),
-    [(one, simplex) for one in ENGINES for simplex in (False, True) if not (simplex and "coarse" in one)],
+    [
+        pytest.param(one, simplex, marks=[] if one in QUICK else [pytest.mark.slow])
+        for one in ENGINES
+        for simplex in (False, True)
+        if not (simplex and "coarse" in one)
+    ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_every_engine_searches_experts_and_resumes(

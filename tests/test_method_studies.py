@@ -152,7 +152,7 @@ def test_the_method_itself_is_searched(tmp_path: Path) -> None:
     assert "uniform" in front_table(board)
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
+@pytest.mark.parametrize("name", ["tpe", pytest.param("gp", marks=pytest.mark.slow), "nsga2"])
 def test_engines_search_hyper_parameters_and_resume(name: str, tmp_path: Path) -> None:
     merge = {"method": ["ties", "linear"], "density": [0.2, 1.0], "scaling": [0.5, 2.0]}
     sampler = {

@@ -128,6 +128,7 @@ def test_nothing_is_computed_twice(models: dict[str, Any], tmp_path: Path) -> No
     assert_equal(first, mended)
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_to_the_same_labels(tmp_path: Path) -> None:
     whole = rolled(tmp_path / "whole")
     folder = tmp_path / "killed"

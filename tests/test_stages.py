@@ -319,7 +319,9 @@ def test_every_estimator_runs_a_study(tmp_path: Path, estimator: str) -> None:
     assert all(np.isfinite(t.attributes["estimate"]).all() for t in trials if t.state == "stopped")
 
 
-@pytest.mark.parametrize("keys", [RACING, FIDELITY], ids=["racing", "fidelity"])
+@pytest.mark.parametrize(
+    "keys", [RACING, pytest.param(FIDELITY, marks=pytest.mark.slow)], ids=["racing", "fidelity"]
+)
 def test_killed_at_every_step_it_ends_with_the_same_trials(tmp_path: Path, keys: dict[str, Any]) -> None:
     study = write_staged(tmp_path / "study", **keys)
     alone, killed = (f"sqlite:///{tmp_path / name}.db" for name in ("alone", "killed"))

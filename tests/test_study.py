@@ -205,6 +205,7 @@ def test_idle_workers_leave_the_store_to_those_with_something_to_tell(
 
     last: Any = None
     monkeypatch.setattr("search.study.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("search.study.LONGEST_POLL_SECONDS", 0.05)
     monkeypatch.setattr(StudyStore, "exclusive", held)
     monkeypatch.setattr(StudyStore, "all_taken", look)
     run(store, materials, TakesLast(), report=False)

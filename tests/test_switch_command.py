@@ -38,6 +38,7 @@ def test_training_says_what_was_tried_and_is_stored(place: Path) -> None:
     assert "{{" not in card
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(place: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     command = [sys.executable, "-m", "search.cli", "switch", "train", str(place / "study.yaml")]

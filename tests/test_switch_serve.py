@@ -123,6 +123,7 @@ def _refused(at: str) -> None:
         assert error(ask(at, body, f"/v1/{path}completions")) == (400, param, code), body
 
 
+@pytest.mark.slow
 def test_a_switcher_that_is_asked_in_text_answers_default_chats(place: Path) -> None:
     """It reads marks beside the text, so that less than the context can be written."""
     options = ["--set", "switching.switcher=lora", "--set", "switching.lora.epochs=1"]

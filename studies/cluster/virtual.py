@@ -28,7 +28,7 @@ from search.profile import Stopwatch
 from search.results import Memory, Result
 from search.samplers import Sources, make_engine
 from search.storage import GRACE_SECONDS, StudyStore, TrialRecord
-from search.study import _drawn, _known, _measured, _Worker
+from search.study import _ask, _known, _measured, _Worker
 from search.worker import Worker
 
 NEAR = 0.01  # coefficients that differ by less make nearly the same merge
@@ -161,12 +161,11 @@ class VirtualWorker:
         return Worker(f"virtual-{self._place}-{self._lives}", "boot", "", 1, "1")
 
     def ask(self, now: float) -> Asked:
-        """The product's `_asked`, once."""
+        """The product's own."""
         store = self.store
         with self._acting():
             store.now, store.held = now, 0.0
-            with store.exclusive():
-                trial = store.adopt() or _drawn(self._worker, 0)
+            trial, _ = _ask(self._worker, 0)
             held = store.held
             self._result = None if trial is None else _known(self._worker.store, trial)
         return Asked(trial, held, known=self._result is not None)
