@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -51,8 +52,8 @@ def shown(url: str) -> str:
         return "..." if set(url) & set("=@") else url  # the server's own notation; else somebody's file
     try:
         return without_secrets(server_url(url)).render_as_string(hide_password=True)
-    except (SQLAlchemyError, ValueError):
-        return f"{scheme}://..."  # who knows which part is the password
+    except (SQLAlchemyError, ValueError):  # who knows which part is the password
+        return f"{scheme}://..." if re.fullmatch(r"[A-Za-z0-9+]+", scheme) else "..."
 
 
 def connect(url: str, *, create: bool) -> RDBStorage:
@@ -76,7 +77,7 @@ def connect(url: str, *, create: bool) -> RDBStorage:
         except (SQLAlchemyError, ValueError) as error:
             raise StorageError(
                 f"{shown(url)}: not a URL of a server, wanted postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE. "
-                "Write special characters of a password as %XX."
+                "Write special characters of user and password as %XX: @ is %40."
             ) from error
     else:
         raise StorageError(f"{shown(url)}: wanted sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE.")

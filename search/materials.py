@@ -219,7 +219,7 @@ class Materials:
 
     def load(self, split: Split) -> None:
         """Loads and tokenises what `evaluate` and `diversify` would at their first call."""
-        _ = self.evaluator(split), self.preferences, self._equivalence
+        _ = self.evaluator(split), self.preferences, self.equivalence
 
     def merge(self, recipe: Recipe) -> None:
         """Writes the recipe's weights into the live model."""
@@ -300,7 +300,7 @@ class Materials:
             self.live.model, self.tokenizer, prompts, decoding, chat_template=config.chat_template
         )
         return measure_diversity(
-            sampler.generate(), self.tokenizer, prompts, self._equivalence, self.preferences
+            sampler.generate(), self.tokenizer, prompts, self.equivalence, self.preferences
         )
 
     @property
@@ -319,7 +319,12 @@ class Materials:
         return {name: make_preference(one, self._judging) for name, one in wanted.items()}
 
     @cached_property
-    def _equivalence(self) -> Equivalence | None:
+    def equivalence(self) -> Equivalence | None:
+        """Decides whether two sampled answers mean the same; its model is loaded here. None without such a section.
+
+        Raises:
+            CheckpointError: it does not load.
+        """
         config = self.config.diversity
         if config is None or config.equivalence is None:
             return None

@@ -44,7 +44,7 @@ def create(
         materials = Materials.open(config, device, local)
     if config.sampler.follows_gradients:
         _ = materials.gradient  # a model without one is refused now, not after the baselines
-    _ = materials.preferences  # so is a reward model that does not load
+    _ = materials.preferences, materials.equivalence  # so is a model that judges answers and does not load
     objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
     store = StudyStore.create(url, config.name, objectives, **options)
     with store.exclusive():

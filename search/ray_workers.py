@@ -171,6 +171,7 @@ class _Driver:
         ready: list[Any] = []
         if refs:
             ready, _ = self.ray.wait(refs, num_returns=1, timeout=LOOK_SECONDS)
+            ready, _ = self.ray.wait(refs, num_returns=len(refs), timeout=0)
         else:
             time.sleep(LOOK_SECONDS)
         self._look()
@@ -216,11 +217,11 @@ class _Driver:
     @property
     def _searching(self) -> bool:
         """Whether a candidate was scored: what fails from now on is a machine rather than the set-up."""
-        return any(record.state == "complete" and record.kind == "search" for record in self._records())
+        return any(record.state == "complete" and record.kind == "search" for record in self.read)
 
     def _records(self) -> Sequence[TrialRecord]:
         """The trials; as last read while the server is away. Should it stay so, the workers' errors say it."""
-        with suppress(StorageError):
+        with suppress(StorageError), self.store.at_once():  # signals are seen between two looks
             self.read = self.store.trials()
         return self.read
 
@@ -230,7 +231,7 @@ class _Driver:
         slot.placed_by = time.monotonic() + PATIENCE
 
     def _died(self, slot: _Slot, why: str, code: int = 1) -> None:
-        finished = any(r.finished and r.attributes.get("worker") == slot.worker for r in self._records())
+        finished = any(r.finished and r.attributes.get("worker") == slot.worker for r in self.read)
         slot.deaths = 1 if finished else slot.deaths + 1
         slot.last = why, code
         self._kill(slot)

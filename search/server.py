@@ -28,13 +28,14 @@ CONNECT_SECONDS = 10
 
 # A machine that vanished without a word is noticed within a minute, by the worker and by the server.
 _ALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
-# A session with a lock waits and works as long as it takes, whatever the server's defaults are (those that it has: idle
-# sessions are ended by PostgreSQL 14 and later).
+# A session with a lock waits and works as long as it takes, whatever the server's defaults are (those that it has: some
+# came with PostgreSQL 14 and 17).
 _SESSION = {
     "statement_timeout": 0,
     "lock_timeout": 0,
     "idle_session_timeout": 0,
     "idle_in_transaction_session_timeout": 0,
+    "transaction_timeout": 0,
     "tcp_keepalives_idle": 30,
     "tcp_keepalives_interval": 10,
     "tcp_keepalives_count": 3,
@@ -50,7 +51,28 @@ FULL = (
 )
 _SOON = ("the database system is", *FULL)
 _JITTER = random.Random()
+# Of a URL's query; libpq has words for secrets there, and gets new ones.
+_PUBLIC = ("host", "port", "user", "dbname", "sslmode", "application_name", "connect_timeout", "options")
 _NEVER = ("password authentication failed",)
+
+
+class _Patience:
+    """Pauses, longer and longer, for `WAIT_SECONDS` at most; says once why."""
+
+    def __init__(self) -> None:
+        self._began, self._pause, self._said = time.monotonic(), 0.1, False
+
+    def wait(self, error: Exception) -> bool:
+        """Waits a moment, unless the patience is over; whether it waited."""
+        if time.monotonic() - self._began > WAIT_SECONDS:
+            return False
+        if not self._said:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("waiting up to %.0f s for a connection: %s", WAIT_SECONDS, reason)
+            self._said = True
+        time.sleep(self._pause * _JITTER.uniform(0.5, 1.0))  # not all workers at once
+        self._pause = min(2.0, 1.5 * self._pause)
+        return True
 
 
 class SessionLostError(Exception):
@@ -84,6 +106,15 @@ class FewConnections(NullPool):
             if kept is not None:
                 kept.close()
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While the block runs, this thread does not wait for a server that is away."""
+        self._thread.at_once = True
+        try:
+            yield
+        finally:
+            self._thread.at_once = False
+
     def no_other(self, locked: bool) -> None:
         """Whether this thread may not connect anew, since the session that it has cannot be replaced."""
         self._thread.locked = locked
@@ -102,19 +133,14 @@ class FewConnections(NullPool):
     def _connected(self, record: ConnectionPoolEntry) -> Any:
         if getattr(self._thread, "locked", False):
             raise SessionLostError("the connection was lost while the study was held")
-        began, pause, said = time.monotonic(), 0.1, False
+        patience = _Patience()
         while True:
             try:
                 connection = self._create(record)
             except Exception as error:
-                if time.monotonic() - began > WAIT_SECONDS or not self._passes(str(error)):
+                at_once = getattr(self._thread, "at_once", False)
+                if at_once or not self._passes(str(error)) or not patience.wait(error):
                     raise
-                if not said:
-                    reason = str(error).strip().splitlines()[0]
-                    logger.warning("waiting up to %.0f s for a connection: %s", WAIT_SECONDS, reason)
-                    said = True
-                time.sleep(pause * _JITTER.uniform(0.5, 1.0))  # not all workers at once
-                pause = min(2.0, 1.5 * pause)
             else:
                 self._met = True
                 return connection
@@ -130,17 +156,21 @@ def server_url(url: str) -> sqlalchemy.URL:
     """The parts of a server's URL.
 
     Raises:
-        ValueError, sqlalchemy.exc.ArgumentError: it is no URL, or has more than one @. Then part of a password would be
-            taken for the host.
+        ValueError, sqlalchemy.exc.ArgumentError: it is no URL, or part of a password would be taken for something else.
     """
-    if url.count("@") > 1:
-        raise ValueError("more than one @")
-    return sqlalchemy.make_url(url)
+    parts = sqlalchemy.make_url(url)
+    where = f"{parts.host or ''}{parts.database or ''}"
+    query = url.partition("?")[2]
+    if "@" in where or set(f"{parts.username or ''}{parts.host or ''}") & set("?&="):
+        raise ValueError("an @ that ends no password")
+    if query and ("@" in query if parts.username else not all("=" in one for one in query.split("&"))):
+        raise ValueError("an @ in the query")
+    return parts
 
 
 def without_secrets(parts: sqlalchemy.URL) -> sqlalchemy.URL:
-    """The URL without what its query says of passwords; the one before the host is left, which SQLAlchemy can hide."""
-    return parts.difference_update_query(["password", "sslpassword"])
+    """The URL with what is known to be no secret in its query; the password before the host is SQLAlchemy's to hide."""
+    return parts.set(query={key: value for key, value in parts.query.items() if key in _PUBLIC})
 
 
 def engine_options(url: str) -> dict[str, Any]:
@@ -181,24 +211,42 @@ def session_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
             logger.debug("lost after its work was done: %s", error)  # all was written, and the lock is free
         else:
             if had is False:
-                raise StorageError(
-                    f"{engine.url.host}: this session did not have its lock any more. If there is a pooler such as "
-                    "PgBouncer between, let it pool sessions, not transactions; then resume."
-                )
+                raise _pooled(engine)
 
 
 @contextmanager
 def session_try(engine: sqlalchemy.Engine, name: str) -> Iterator[bool]:
-    """Whether a lock of this name could be had at once; then it is held while the block runs."""
+    """Whether a lock of this name could be had at once; then it is held while the block runs.
+
+    Raises:
+        StorageError: as `session_lock`.
+    """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         _settle(connection)
         mine = bool(_call(connection, "pg_try_advisory_lock", name))
         try:
             yield mine
-        finally:
+        except BaseException:
             if mine:
                 with suppress(SQLAlchemyError):  # should the session be gone, so is the lock
                     _call(connection, "pg_advisory_unlock", name)
+            raise
+        if not mine:
+            return
+        try:
+            had = _call(connection, "pg_advisory_unlock", name)
+        except SQLAlchemyError:
+            logger.warning("the server let go of '%s' meanwhile: another process may work on it, too", name)
+        else:
+            if had is False:
+                raise _pooled(engine)
+
+
+def _pooled(engine: sqlalchemy.Engine) -> StorageError:
+    return StorageError(
+        f"{engine.url.host}: this session did not have its lock any more. If there is a pooler such as "
+        "PgBouncer between, let it pool sessions, not transactions; then resume."
+    )
 
 
 def lock_key(name: str) -> int:
@@ -219,12 +267,16 @@ def is_lost(error: BaseException | None) -> bool:
 
 def _wait(engine: sqlalchemy.Engine, name: str) -> None:
     """Waits for the lock; a server that restarts meanwhile is asked again."""
+    patience = _Patience()
     while True:
+        began = time.monotonic()
         try:
             _asked(engine, "pg_advisory_lock", name)
             return
         except DBAPIError as error:
-            if not error.connection_invalidated:
+            if time.monotonic() - began > WAIT_SECONDS:
+                patience = _Patience()  # it waited in the queue until it was cut
+            if not error.connection_invalidated or not patience.wait(error):
                 raise
 
 

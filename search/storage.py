@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import optuna
@@ -23,6 +23,7 @@ from optuna.trial import TrialState, create_trial
 
 from search.database import connect, exclusive, shown, sqlite_path, translated
 from search.errors import LostConnectionError, StorageError
+from search.server import FewConnections
 from search.trials import History, State, TrialRecord, TrialTables
 from search.worker import Worker, this_worker
 
@@ -119,17 +120,21 @@ class StudyStore:
 
     def attribute(self, key: str) -> Any:
         """A study-level value, None if it was never set."""
-        with translated(self.url):
-            return self._storage.get_study_user_attrs(self._study_id).get(_ATTRIBUTE + key)
+        return self.attributes().get(key)
 
     def attributes(self) -> dict[str, Any]:
-        with translated(self.url):
-            attrs = self._storage.get_study_user_attrs(self._study_id)
-            return {k.removeprefix(_ATTRIBUTE): v for k, v in attrs.items() if k.startswith(_ATTRIBUTE)}
+        attrs = self._reached(lambda: self._storage.get_study_user_attrs(self._study_id))
+        return {k.removeprefix(_ATTRIBUTE): v for k, v in attrs.items() if k.startswith(_ATTRIBUTE)}
 
     def set_attribute(self, key: str, value: Any) -> None:
-        with translated(self.url):
-            self._storage.set_study_user_attr(self._study_id, _ATTRIBUTE + key, value)
+        self._reached(lambda: self._storage.set_study_user_attr(self._study_id, _ATTRIBUTE + key, value))
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While the block runs, this thread does not wait for a server that is away."""
+        pool = self._storage.engine.pool
+        with pool.at_once() if isinstance(pool, FewConnections) else nullcontext():
+            yield
 
     # -- its trials ---------------------------------------------------------------------------------------------
 
@@ -303,9 +308,18 @@ class StudyStore:
             with self.exclusive():
                 return work(True)
 
+    def _reached(self, work: Callable[[], T]) -> T:
+        """Reads or sets something, once more if the connection breaks meanwhile. Under the lock that fails again: the
+        lock is lost with its connection."""
+        try:
+            with translated(self.url):
+                return work()
+        except LostConnectionError:
+            with translated(self.url):
+                return work()
+
     def _refreshed(self) -> History:
-        with translated(self.url):
-            self._history.refresh()
+        self._reached(self._history.refresh)
         return self._history
 
     def _is_mine(self, number: int) -> bool:

@@ -31,6 +31,7 @@ from search.errors import (
     EvaluationError,
     LostConnectionError,
     MergeError,
+    MergefrontError,
     StorageError,
     TooManyFailuresError,
 )
@@ -92,7 +93,8 @@ def run(
 ) -> None:
     """Runs the study until its budget is complete, then scores the report split.
 
-    Several processes may do this at once: every trial is claimed by one of them, and the budget counts them all.
+    Several processes may do this at once: every trial is claimed by one of them, and the budget counts them all. One
+    process runs a study once at a time.
 
     Args:
         checkpoints: scored tokens; the fronts as they stood then are scored on the report split, too.
@@ -128,7 +130,7 @@ def run(
         for trial in _asked(worker, first=len(before)):
             worker.observer.step("asked", trial)
             _run_trial(worker, trial)
-    except (Interrupted, DiskError, StorageError):
+    except (Interrupted, MergefrontError):
         # A signal may come between the claim and the trial, too. What cannot be put back is adopted as a dead worker's.
         with suppress(DiskError, StorageError):
             store.give_back_all()
@@ -239,22 +241,21 @@ def _run_trial(worker: _Worker, trial: TrialRecord) -> None:
     """merge -> evaluate -> evidence -> tell. The tell is the commit point: whatever ends the process before it, the
     next worker runs the same recipe again."""
     store, observer, failure = worker.store, worker.observer, ""
-    try:
-        # Until the end: who waits for the store to tell lives, too.
-        with store.beating(trial.number):
+    with store.beating(trial.number):  # until the end: who waits for the store to tell lives, too
+        try:
             result = _known(store, trial) or _measured(worker, trial)
             observer.step("evidence", trial)
             with worker.watch.measuring("store"):
                 tell = store.stop if result.stopped else store.complete
                 told = tell(trial.number, result.values, {**result.attributes, ATTRIBUTE: worker.watch.lap()})
-    except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:
-        # RuntimeError is how torch says out of memory; what it says is kept with the trial.
-        failure = " ".join(str(error).split()) or type(error).__name__
-        store.fail(trial.number, failure)
-        if trial.kind != "search":
-            raise EvaluationError(
-                f"trial {trial.number} ({trial.kind}): {failure} A study needs its baselines."
-            ) from error
+        except (EvaluationError, MergeError, MemoryError, RuntimeError) as error:
+            # RuntimeError is how torch says out of memory; what it says is kept with the trial.
+            failure = " ".join(str(error).split()) or type(error).__name__
+            store.fail(trial.number, failure)
+            if trial.kind != "search":
+                raise EvaluationError(
+                    f"trial {trial.number} ({trial.kind}): {failure} A study needs its baselines."
+                ) from error
     if failure:
         _free_memory()  # out here: within the handler the error still holds what the trial had allocated
         observer.failed(trial, failure)

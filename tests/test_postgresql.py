@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import subprocess
@@ -14,11 +15,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy.exc import OperationalError
 
 import search.study
 from search.config import load_study_file
 from search.database import exclusive, reserved
 from search.errors import LostConnectionError, StorageError
+from search.materials import Materials
 from search.observer import Observer, Step
 from search.opening import create
 from search.server import lock_key
@@ -158,8 +161,11 @@ def test_a_result_is_told_once_more_when_the_connection_breaks(
 def test_a_trial_is_asked_for_once_more_when_the_connection_breaks(
     postgresql: Server, postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """The lock is lost while a trial is claimed. Oracle: the budget is met exactly, every trial tried once."""
-    claim, cuts = StudyStore.claim, iter([False] * 5 + [True])
+    """The lock is lost while a trial is claimed. Oracle: the same study that was not cut, in a SQLite file."""
+    config = load_study_file(write_study(tmp_path, trials=2))
+    uncut, _ = create(config, f"sqlite:///{tmp_path / 'study.db'}", "cpu")
+    run(uncut, materials := Materials.open(config, "cpu"), report=False)
+    claim, cuts = StudyStore.claim, iter([False] * len(materials.baselines) + [True])
 
     def cut(*arguments: Any) -> TrialRecord:
         if not next(cuts, False):
@@ -170,10 +176,14 @@ def test_a_trial_is_asked_for_once_more_when_the_connection_breaks(
         return claim(*arguments)
 
     monkeypatch.setattr(StudyStore, "claim", cut)
-    store, materials = create(load_study_file(write_study(tmp_path, trials=2)), postgresql_url, "cpu")
+    store, materials = create(config, postgresql_url, "cpu", materials=materials)
     run(store, materials, report=False)
-    found = [(t.number, t.state, t.attributes["tries"]) for t in store.trials()]
-    assert found == [(number, "complete", 1) for number in range(len(materials.baselines) + 2)]
+
+    def drawn(one: StudyStore) -> list[Any]:
+        return [(t.number, t.state, dict(t.coefficients), t.attributes["tries"]) for t in one.trials()]
+
+    assert drawn(store) == drawn(uncut)
+    assert len(drawn(store)) == len(materials.baselines) + 2
     assert next(cuts, None) is None
 
 
@@ -181,7 +191,8 @@ def test_a_lock_is_waited_for_whatever_the_servers_time_limits_are(
     postgresql: Server, postgresql_url: str
 ) -> None:
     new_store(postgresql_url)
-    for limit in ("statement_timeout", "lock_timeout", "idle_session_timeout"):
+    limits = ("statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout")
+    for (limit,) in postgresql.sql(f"select name from pg_settings where name in {limits}"):
         postgresql.sql(f"alter database {postgresql_url.rpartition('/')[2]} set {limit} = '200ms'")
     got: list[float] = []
 
@@ -201,6 +212,47 @@ def test_a_lock_is_waited_for_whatever_the_servers_time_limits_are(
         time.sleep(0.5)
         with reserved(postgresql_url, "one") as twice:
             assert not twice
+
+
+def test_who_waits_for_a_lock_is_patient_not_hasty(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A balancer that takes every login and cuts every question, since its server is away."""
+    store, asked = new_store(postgresql_url), iter(range(1000))
+
+    def cut(*_: Any) -> None:
+        assert next(asked) < 20, "it asks again and again"
+        raise OperationalError("select", None, Exception("server closed"), connection_invalidated=True)
+
+    monkeypatch.setattr("search.server._asked", cut)
+    monkeypatch.setattr("search.server.WAIT_SECONDS", 1.0)
+    with pytest.raises(LostConnectionError, match="server closed"), store.exclusive():
+        pass
+
+
+def test_a_reservation_that_the_server_dropped_is_told(
+    postgresql: Server, postgresql_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mergefront"), "propagate", True)
+    with reserved(postgresql_url, "one") as mine:
+        assert mine
+        end_sessions(postgresql, postgresql_url)
+    assert "let go of 'reserved:one' meanwhile: another process may work on it, too" in caplog.text
+
+
+def test_a_read_is_repeated_once(
+    postgresql: Server, postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = new_store(postgresql_url)
+    number, refresh, cuts = claim(store), store._history.refresh, iter([True])
+
+    def cut() -> None:
+        if next(cuts, False):
+            raise OperationalError("select", None, Exception("server closed"), connection_invalidated=True)
+        refresh()
+
+    monkeypatch.setattr(store._history, "refresh", cut)
+    assert [t.number for t in store.trials()] == [number]
 
 
 def test_a_session_that_has_a_lock_is_watched_by_the_server(postgresql_url: str) -> None:

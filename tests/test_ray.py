@@ -55,7 +55,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
         f"--temp-dir={folder}",
         "--object-store-memory=100000000",
     ]
-    with subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, text=True) as ray:
+    # Beside other tests, a worker has 20 s to give its trial back.
+    environment = _environment(RAY_worker_niceness="0")
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as ray:
         assert ray.stdout is not None
         for line in ray.stdout:
             if "Ray runtime started" in line:
@@ -68,7 +70,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
 
 def _environment(**others: str) -> dict[str, str]:
     given = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    given["RAY_worker_niceness"] = "0"  # beside other tests, a worker has 20 s to give its trial back
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
     return {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **token, **given, **others}
 
@@ -126,6 +127,8 @@ def test_workers_on_a_ray_of_our_own_are_replaced_and_the_budget_is_exact(
     listening = _listening(driver.pid)
     victim = caught_in_a_trial(store)
     before = finished(store)
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, victim) == here, "Ray's workers are nice by default"
     os.kill(victim, signal.SIGKILL)
     wait_for(lambda: any(pid != victim for pid in running(store)))
     orphan = next(pid for pid in running(store) if pid != victim)

@@ -18,7 +18,7 @@ import pytest
 
 from search import __version__, ray_workers
 from search.config import load_study_file
-from search.errors import ConfigError
+from search.errors import ConfigError, StorageError
 from search.interrupt import Interrupted, deferred
 from search.observer import Observer
 from search.opening import create
@@ -278,6 +278,27 @@ def test_dead_workers_are_replaced_up_to_a_limit(store: StudyStore) -> None:
     ray, slots = drive(store, [(-9, "")] * MAX_DEATHS + [(0, "")], slots=1 + 1)
     assert ray.started <= MAX_DEATHS + 2
     assert all(slot.actor is None for slot in slots)
+
+
+@pytest.mark.fault(13)
+def test_a_storage_that_is_away_does_not_end_the_driver(
+    store: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers say so when it stays away; until then the driver knows what it read last."""
+    trials, there = store.trials, [True]
+
+    def away() -> Any:
+        if not there:
+            raise StorageError("no connection")
+        there.clear()  # the first read is the driver's start
+        return trials()
+
+    monkeypatch.setattr(store, "trials", away)
+    ray, _ = drive(store, [(4, "no connection"), (-9, ""), (0, "")])
+    assert ray.started == 3
+    there.append(True)
+    with pytest.raises(WorkerError, match="no connection Every worker died 5 times"):
+        drive(store, [(4, "no connection")] * MAX_DEATHS)
 
 
 def test_a_worker_that_finished_a_trial_starts_counting_anew(store: StudyStore) -> None:

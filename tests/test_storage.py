@@ -42,12 +42,20 @@ def test_urls() -> None:
         "postgresql://me:se@se/secret@host/x",
         "postgresql://me:se@secret?secret@host/x",
         "postgresql://me:se@host/x?options=secret@",
+        "postgresql://me:se@h/x?oauth_client_secret=secret",
+        "postgresql://?user=me&password=se@secret&host=h",
+        "postgresql://host?password=se@secret",
+        "postgresql://host/x?password=se&secret@",
         "host=127.0.0.1 user=me password=secret",
+        "host=127.0.0.1 user=me password=secret://x",
         "me:secret@host/x",
         "mysql://me:secret@host/x",
     ):
         assert "secret" not in shown(url)
     assert shown("postgresql://host/x?user=me@realm") == "postgresql://host/x?user=me%40realm"
+    assert shown("postgresql://me@realm:secret@host/x?sslmode=require") == (
+        "postgresql://me%40realm:***@host/x?sslmode=require"
+    )
     assert shown("runs/study.db") == "runs/study.db"
     for url in (
         "postgresql://me:se@secret@host/x",

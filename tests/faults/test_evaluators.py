@@ -18,6 +18,7 @@ import torch
 from search.baselines import BASELINES
 from search.config import load_study_file
 from search.errors import EvaluationError, TooManyFailuresError
+from search.fidelity.stages import Stages
 from search.materials import Materials
 from search.observer import Observer
 from search.opening import create
@@ -247,6 +248,27 @@ def test_a_trial_that_takes_too_long_fails_and_the_study_goes_on(tmp_path: Path,
     assert re.match(
         r"took 61\.0 s until question \d+ of 20, wanted at most 60 s \(trial_seconds\)", observer.reasons[0]
     )
+
+
+@pytest.mark.fault(26)
+def test_loading_models_is_no_trials_time(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, of = Materials.load, Stages.of
+
+    def slow(work: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*arguments: Any) -> Any:
+            clock[0] += 1000
+            return work(*arguments)
+
+        return done
+
+    monkeypatch.setattr(Materials, "load", slow(load))
+    monkeypatch.setattr(Stages, "of", slow(of))
+    store, materials = limited(tmp_path, 60, racing={"error": 0.3, "looks": 4})
+    run(store, materials)
+    assert "failed" not in {t.state for t in store.trials()}
+    assert clock[0] > 2000
 
 
 @pytest.mark.fault(26)
