@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from search.errors import DiskError, EvaluationError
+from search.printable import printable
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -78,13 +79,13 @@ def read_evidence(
         arrays: Arrays = load(content)
         metadata = _metadata(content)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise EvaluationError(f"{where}: no evidence file ({error}).") from error
-    if metadata.get("format") != wanted:
-        raise EvaluationError(f"{where}: format is {metadata.get('format')!r}, wanted '{wanted}'.")
+        raise EvaluationError(f"{where}: no evidence file ({printable(str(error), limit=200)}).") from error
+    if (named := metadata.get("format")) != wanted:
+        raise EvaluationError(f"{where}: format is '{printable(str(named), limit=60)}', wanted '{wanted}'.")
     found = metadata.get("about", metadata.get("questions", ""))
     if about is not None and found != about:
         raise EvaluationError(
-            f"{where}: is about other questions or settings ({found[:12]}..., wanted {about[:12]}...)."
+            f"{where}: is about other questions or settings ({printable(found[:12])}..., wanted {about[:12]}...)."
         )
     return arrays, metadata
 

@@ -73,17 +73,19 @@ def actor_class() -> type:
                     last = line.removeprefix("error: ").strip()
             return int(self.child.wait()), last
 
-        def stop(self, seconds: float) -> None:
-            """Lets the worker give its trial back, and comes back when it has ended."""
+        def stop(self, seconds: float) -> bool:
+            """Lets the worker give its trial back, and comes back when it has ended; False if it had to be killed."""
             import subprocess
 
             if self.child is None:
-                return
+                return True
             self.child.terminate()
             try:
                 self.child.wait(seconds)
             except subprocess.TimeoutExpired:
                 self.child.kill()
                 self.child.wait()
+                return False
+            return True
 
     return MergefrontWorker

@@ -268,7 +268,9 @@ class _Driver:
             begun = [slot for slot in live if slot.ended is not None or slot.began in placed]
             stopped = [slot.actor.stop.remote(END_SECONDS) for slot in begun]
             if stopped:
-                self.ray.wait(stopped, num_returns=len(stopped), timeout=END_SECONDS + 5)
+                ended, late = self.ray.wait(stopped, num_returns=len(stopped), timeout=END_SECONDS + 5)
+                if late or not all(self.ray.get(ended)):
+                    logger.warning("a worker did not end within %d s; its trial is taken over", END_SECONDS)
         for slot in live:
             self._kill(slot)
 

@@ -202,8 +202,11 @@ def test_an_ended_driver_leaves_nothing_running_and_the_study_goes_on(
         os.kill(driver.pid, strike)
         assert driver.wait(60) == code, (tmp_path / "err").read_text()
         if strike != signal.SIGKILL:
-            assert not running(store), "their trials were given back before the driver ended"
-            assert "nothing is lost: resume" in (tmp_path / "err").read_text()
+            err = (tmp_path / "err").read_text()
+            # On a machine that has no time for them they are killed, which is said.
+            given_back = not running(store) or "did not end within 20 s; its trial is taken over" in err
+            assert given_back, err
+            assert "nothing is lost: resume" in err
         wait_for(lambda workers=workers: not any(alive(pid) for pid in workers), 30)
         fault.kept(before, finished(store))
         before = finished(store)

@@ -208,7 +208,7 @@ class StandIn:
         return list(done)[:num_returns], list(open_)
 
     def get(self, ref: Any) -> Any:
-        return ref.result(0)
+        return [one.result(0) for one in ref] if isinstance(ref, list) else ref.result(0)
 
     def kill(self, actor: Any) -> None:
         self.killed += 1
@@ -227,7 +227,7 @@ class StandIn:
                 remote = staticmethod(lambda: now(stand_in.lives.pop(0)) if stand_in.lives else Future())
 
             class stop:
-                remote = staticmethod(lambda seconds: (stand_in.stopped.append(seconds), now(None))[1])
+                remote = staticmethod(lambda seconds: (stand_in.stopped.append(seconds), now(True))[1])
 
         return Actor()
 

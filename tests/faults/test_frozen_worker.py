@@ -34,8 +34,11 @@ def _elsewhere(log: str) -> None:
     logging.basicConfig(filename=log, level=logging.INFO, format="%(levelname)s %(message)s", force=True)
 
 
-def _freeze() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
+def _freeze(once: Path) -> None:
+    """Once: it may draw other trials after its thaw."""
+    if not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _wait_in_the_trial(diary: Path, go: Path) -> None:
@@ -61,7 +64,8 @@ def test_a_frozen_worker_is_replaced_and_its_late_result_dropped(
     study: Path, tmp_path: Path, thaw: str, fault: Fault
 ) -> None:
     url, log, diary, go = url_in(tmp_path), tmp_path / "log", tmp_path / "diary", tmp_path / "go"
-    frozen = start(study, url, "merged", FROZEN, _freeze, before=partial(_elsewhere, str(log)))
+    freeze = partial(_freeze, tmp_path / "frozen")
+    frozen = start(study, url, "merged", FROZEN, freeze, before=partial(_elsewhere, str(log)))
     _until(lambda: _state(frozen) == "T")
     before = results(url)
     assert max(before) == FROZEN - 1
