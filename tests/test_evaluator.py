@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from objectives.evaluator import Evaluation, Evaluator, questions_digest
 from objectives.scoring import Scorer
@@ -118,6 +119,11 @@ def test_evidence_that_does_not_fit_is_refused(evaluator: Evaluator, tmp_path: P
         path.write_bytes(broken)
         with pytest.raises(EvaluationError, match=r"e\.safetensors: "):
             Evaluation.load(path)
+    path.write_bytes(save({"a": np.zeros(1)}, {"format": "9\n" * 4000}))
+    with pytest.raises(EvaluationError, match=r"e\.safetensors: format is '9\\n9") as refusal:
+        Evaluation.load(path)
+    assert len(str(refusal.value).removeprefix(str(path))) < 150
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
