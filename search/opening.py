@@ -74,9 +74,8 @@ def create(
         stored = store.attribute("config")
         if _stored_config(store, stored).tokens != config.tokens:  # else what `resume --tokens` gave stays
             store.set_attribute("tokens", config.tokens)
-        if (
-            stored != config.to_json()
-        ):  # places may have moved: other workers and `export` look where this file says
+        if stored != config.to_json():
+            # Places may have moved: other workers and `export` look where this file says.
             store.set_attribute("config", config.to_json())
     return store, materials
 

@@ -52,7 +52,16 @@ FULL = (
 _SOON = ("the database system is", *FULL)
 _JITTER = random.Random()
 # Of a URL's query; libpq has words for secrets there, and gets new ones.
-_PUBLIC = ("host", "port", "user", "dbname", "sslmode", "application_name", "connect_timeout", "options")
+_PUBLIC = (
+    "host",
+    "port",
+    "user",
+    "dbname",
+    "sslmode",
+    "sslrootcert",
+    "target_session_attrs",
+    "application_name",
+)
 _NEVER = ("password authentication failed",)
 
 
@@ -290,8 +299,8 @@ def _asked(engine: sqlalchemy.Engine, function: str, name: str) -> Any:
 
 def _settle(connection: sqlalchemy.Connection) -> None:
     values = ", ".join(f"('{key}', '{value}')" for key, value in _SESSION.items())
-    known = f"(values {values}) as ours (name, value) join pg_settings as theirs on theirs.name = ours.name"
-    connection.execute(sqlalchemy.text(f"select set_config(ours.name, ours.value, false) from {known}"))
+    known = f"(values {values}) as ours (name, value) where current_setting(name, true) is not null"
+    connection.execute(sqlalchemy.text(f"select set_config(name, value, false) from {known}"))
 
 
 def _call(connection: sqlalchemy.Connection, function: str, name: str) -> Any:

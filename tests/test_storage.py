@@ -41,7 +41,7 @@ def test_urls() -> None:
         "postgresql://me:se/secret@host:port/x",
         "postgresql://me:se@se/secret@host/x",
         "postgresql://me:se@secret?secret@host/x",
-        "postgresql://me:se@host/x?options=secret@",
+        "postgresql://me:se@host/x?host=secret@",
         "postgresql://me:se@h/x?oauth_client_secret=secret",
         "postgresql://?user=me&password=se@secret&host=h",
         "postgresql://host?password=se@secret",

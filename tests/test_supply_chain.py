@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -28,13 +29,27 @@ def test_every_locked_package_has_the_pinned_version_and_hashes() -> None:
     lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
     pairs = (line.split("==") for line in lines if "==" in line)
     pinned = {normal(name): version for name, version in pairs}
-    seen: set[str] = set()
     for path in LOCKED:
         for name, (version, hashes) in entries(path).items():
             assert hashes, f"{path.name}: {name} has no hash"
             assert pinned.get(normal(name)) == version, f"{path.name}: {name}"
-            assert name not in seen, f"{path.name}: {name} stands in an earlier file, too"
-            seen.add(name)
+
+
+def test_files_leave_out_what_make_installed_before_them_and_no_more() -> None:
+    """Oracle: the Makefile's rules, such as `$(VENV)/.test: $(VENV)/.product .ci/locked/test.txt`."""
+    rule = r"^\$\(VENV\)/\.(\w+): (?:\$\(VENV\)/\.(\w+)|pyproject\.toml) \.ci/locked/\1\.txt$"
+    before = {
+        name: parent or None for name, parent in re.findall(rule, (ROOT / "Makefile").read_text(), re.M)
+    }
+    files = runpy.run_path(str(ROOT / ".ci" / "lock.py"))["FILES"]
+    assert before == {name: parent for name, (parent, *_) in files.items()}
+    assert set(before) == {path.stem for path in LOCKED}
+    locked = {path.stem: set(entries(path)) for path in LOCKED}
+    for name in locked:
+        parent = before[name]
+        while parent is not None:
+            assert not locked[name] & locked[parent], f"{name}.txt: stands in {parent}.txt, too"
+            parent = before[parent]
 
 
 def test_all_that_the_project_names_is_locked() -> None:
