@@ -17,9 +17,8 @@ CONSTRAINTS = Path(__file__).resolve().parent / "constraints.txt"
 
 def main() -> int:
     """Prints the findings and one line of summary; returns the exit code."""
-    subprocess.run(
-        [sys.executable, "-m", "pip_audit", "--version"], check=True
-    )  # else silence would pass for an answer
+    # One that does not start would pass for a service that does not answer.
+    subprocess.run([sys.executable, "-m", "pip_audit", "--version"], check=True)
     command = [
         sys.executable,
         "-m",

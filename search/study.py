@@ -151,9 +151,8 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
         check_interrupted()
         try:
             trial, left = _ask(worker, first)
-        except (
-            LostConnectionError
-        ) as error:  # of the lock; the trial may have been claimed before its answer was lost
+        except LostConnectionError as error:
+            # The lock went with it; the trial may have been claimed before the answer was lost.
             logger.warning("asking once more: %s", error)
             store.give_back_all()
             trial, left = _ask(worker, first)

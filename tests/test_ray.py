@@ -203,9 +203,7 @@ def test_an_ended_driver_leaves_nothing_running_and_the_study_goes_on(
         assert driver.wait(60) == code, (tmp_path / "err").read_text()
         if strike != signal.SIGKILL:
             err = (tmp_path / "err").read_text()
-            # On a machine that has no time for them they are killed, which is said.
-            given_back = not running(store) or "did not end within 20 s; its trial is taken over" in err
-            assert given_back, err
+            assert not running(store), f"their trials were given back before the driver ended: {err}"
             assert "nothing is lost: resume" in err
         wait_for(lambda workers=workers: not any(alive(pid) for pid in workers), 30)
         fault.kept(before, finished(store))
