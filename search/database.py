@@ -21,6 +21,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.errors import DiskError, LostConnectionError, MergefrontError, StorageError
+from search.interrupt import held_back, let_through
 from search.server import (
     FULL,
     WAIT_SECONDS,
@@ -91,16 +92,19 @@ def connect(url: str, *, create: bool) -> RDBStorage:
 def exclusive(url: str, name: str = "", engine: sqlalchemy.Engine | None = None) -> Iterator[None]:
     """One process at a time, over all that use this storage; let go by the system if the process dies.
 
+    Signals are held back while the block runs, and let through while it waits for another process.
+
     Args:
         name: on a server, processes at other studies need not wait.
         engine: of a server's storage. What this thread does with it meanwhile fails once the lock is lost.
     """
     path = sqlite_path(url)
-    with ExitStack() as held:
+    with held_back(), ExitStack() as held:
         with translated(url):  # the lock alone: what goes wrong while it is held is not the storage's fault
             if path is not None:
                 handle = held.enter_context(open(f"{path}.lock", "a"))
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                with let_through():
+                    fcntl.flock(handle, fcntl.LOCK_EX)
             else:
                 held.enter_context(session_lock(engine or _server(url), name))
         yield
@@ -139,9 +143,13 @@ def _with_driver(url: str) -> str:
 
 @contextmanager
 def translated(url: str) -> Iterator[None]:
-    """Turns what a storage raises into one line that names the true cause, which Optuna hides in `__cause__`."""
+    """Turns what a storage raises into one line that names the true cause, which Optuna hides in `__cause__`.
+
+    Signals are held back while the block runs.
+    """
     try:
-        yield
+        with held_back():
+            yield
     except MergefrontError:
         raise
     except (OptunaError, SQLAlchemyError, SessionLostError, sqlite3.Error, OSError, ValueError) as error:

@@ -1,4 +1,9 @@
-"""Ending on a signal: bookkeeping first, and at once if asked twice."""
+"""Ending on a signal: bookkeeping first, and at once if asked twice.
+
+An exception that flies through SQLAlchemy, a lock or Ray leaves them half done: a cursor that stays open keeps this
+very process from giving its trial back. So signals are held back there, and let through where a study waits or
+computes.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ContextDecorator, contextmanager, suppress
 from types import FrameType
 
 TETHER_SECONDS = 20
 _arrived: list[int] = []  # signals since the block began in which they are handled
+_due: list[int] = []  # those of them that were held back, until they are raised
+_held = False
 
 
 class Interrupted(BaseException):
@@ -26,42 +33,15 @@ class Interrupted(BaseException):
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raises `Interrupted` at the first SIGINT or SIGTERM within the block; a second one ends the process at once."""
-
-    def stop(number: int) -> None:
-        raise Interrupted(number)
-
-    with _handled(stop):
-        yield
-
-
-@contextmanager
-def deferred() -> Iterator[Callable[[], None]]:
-    """As `interruptible`, but it is the yielded call that raises: for libraries through which no exception may fly."""
-    arrived: list[int] = []
-
-    def check() -> None:
-        if arrived:
-            raise Interrupted(arrived[0])
-
-    with _handled(arrived.append):
-        yield check
-
-
-def check_interrupted() -> None:
-    """Raises `Interrupted` again if it was raised where Python drops exceptions, in a finalizer or a callback."""
-    if _arrived:
-        raise Interrupted(_arrived[0])
-
-
-@contextmanager
-def _handled(first: Callable[[int], None]) -> Iterator[None]:
-    _arrived.clear()
+    _reset()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if _arrived:
             os._exit(128 + number)
         _arrived.append(number)
-        first(number)
+        if not _held:
+            raise Interrupted(number)
+        _due.append(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -69,7 +49,87 @@ def _handled(first: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _arrived.clear()
+        _reset()
+
+
+class _Block(ContextDecorator):
+    """Sets for the main thread whether a signal raises at once. Not a generator, of which an exception at its end would
+    leave the rest to the garbage collector.
+    """
+
+    def __init__(self, held: bool) -> None:
+        self._hold = held
+
+    def _recreate_cm(self) -> _Block:
+        return _Block(self._hold)
+
+    def __enter__(self) -> None:
+        global _held
+        self._before, self._known = _held, len(_arrived)
+        if _in_main_thread():
+            _held = self._hold
+            _raise_due()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        global _held
+        if not _in_main_thread():
+            return
+        _held = self._before
+        _raise_due()
+        if not self._hold and len(_arrived) > self._known and kind is not Interrupted:
+            _raise()  # a finalizer or a callback dropped it, or made another error of it
+
+
+def held_back() -> _Block:
+    """A block, or a decorated function, after which signals are raised that come within it; in the main thread."""
+    return _Block(held=True)
+
+
+def let_through() -> _Block:
+    """A part of a block that is held back, in which signals raise at once: where it waits or computes for long.
+
+    A signal at the first line of an `__exit__` that is written in Python skips the rest of it. So what has to be left
+    in order, such as a lock, holds signals back itself.
+    """
+    return _Block(held=False)
+
+
+def pause(seconds: float) -> None:
+    """Sleeps; a signal ends that, held back or not."""
+    with let_through():
+        time.sleep(seconds)
+
+
+def is_due() -> bool:
+    """Whether a signal is held back at the moment: what may take long should come to an end."""
+    return bool(_due)
+
+
+def check_interrupted() -> None:
+    """Raises `Interrupted` if a signal arrived, be it held back or raised where Python drops exceptions."""
+    if _arrived:
+        _raise()
+
+
+def _raise_due() -> None:
+    if _due and not _held:
+        _raise()
+
+
+def _raise() -> None:
+    _due.clear()
+    raise Interrupted(_arrived[0])
+
+
+def _reset() -> None:
+    global _held
+    _held = False
+    _arrived.clear()
+    _due.clear()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # it alone handles signals
 
 
 def tether() -> None:

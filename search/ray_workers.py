@@ -21,7 +21,7 @@ from typing import Any
 from search import __version__
 from search.database import sqlite_path
 from search.errors import ConfigError, MergefrontError, StorageError
-from search.interrupt import Interrupted, deferred
+from search.interrupt import Interrupted, check_interrupted, held_back
 from search.observer import Observer
 from search.ray_actor import actor_class
 from search.storage import StudyStore, TrialRecord
@@ -104,8 +104,8 @@ def run_on_ray(
     """
     ray = _imported(options)
     # An exception that a signal's handler raises within Ray's own code comes out as a SystemError.
-    with deferred() as check, _connected(ray, options, workers):
-        check()
+    with held_back(), _connected(ray, options, workers):
+        check_interrupted()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         _check_nodes(nodes, store, options, workers)
         cpus, threads = _cores(nodes, workers, options.gpus)
@@ -125,7 +125,7 @@ def run_on_ray(
             "gpus": options.gpus,
         }
         slots = [_Slot(number) for number in range(workers)]
-        _Driver(ray, actor, job, store, observer, total, slots, check).run()
+        _Driver(ray, actor, job, store, observer, total, slots).run()
 
 
 @dataclass
@@ -139,7 +139,7 @@ class _Driver:
     observer: Observer
     total: int
     slots: list[_Slot]
-    check: Callable[[], None]  # raises if this process shall end
+    check: Callable[[], None] = check_interrupted  # raises if this process shall end
     seen: set[int] = field(default_factory=set)
     read: Sequence[TrialRecord] = ()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from search.database import reserved
-from search.interrupt import check_interrupted
+from search.interrupt import check_interrupted, pause
 from search.observer import Observer
 from search.storage import StudyStore, TrialRecord
 
@@ -50,7 +49,7 @@ def score_report_split(
         if len(left) < before:
             observer.reporting(of - len(left), of)
         else:
-            time.sleep(POLL_SECONDS)  # others have the last ones; should they die, these are ours
+            pause(POLL_SECONDS)  # others have the last ones; should they die, these are ours
 
 
 def _report(

@@ -63,6 +63,7 @@ def run_study(
     from search.board import read_board
     from search.console import say, stderr_console
     from search.database import shown, sqlite_path
+    from search.interrupt import held_back, let_through
     from search.profile import read_profile
     from search.progress import ProgressPrinter
     from search.study import run
@@ -79,7 +80,7 @@ def run_study(
     else:
         use_threads(workers)
         command = resume_command(store, device, overrides or [], local_parents)
-        with helpers(workers - 1, store, command), _closing(printer):
+        with held_back(), helpers(workers - 1, store, command), _closing(printer), let_through():
             run(store, materials, printer)
     if profile and (found := read_profile(store.trials())) is not None:
         say(found.text(), file=sys.stderr)

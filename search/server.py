@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from search.errors import StorageError
+from search.interrupt import is_due, let_through
 
 logger = logging.getLogger("mergefront")
 
@@ -72,8 +73,8 @@ class _Patience:
         self._began, self._pause, self._said = time.monotonic(), 0.1, False
 
     def wait(self, error: Exception) -> bool:
-        """Waits a moment, unless the patience is over; whether it waited."""
-        if time.monotonic() - self._began > WAIT_SECONDS:
+        """Waits a moment, unless the patience is over or a signal came; whether it waited."""
+        if time.monotonic() - self._began > WAIT_SECONDS or is_due():
             return False
         if not self._said:
             reason = str(error).strip().splitlines()[0]
@@ -292,9 +293,11 @@ def _wait(engine: sqlalchemy.Engine, name: str) -> None:
 def _asked(engine: sqlalchemy.Engine, function: str, name: str) -> Any:
     # Without a transaction, which would stand open while the lock is waited for.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        if function == "pg_advisory_lock":
-            _settle(connection)
-        return _call(connection, function, name)
+        if function != "pg_advisory_lock":
+            return _call(connection, function, name)
+        _settle(connection)
+        with let_through():  # it may wait for another process
+            return _call(connection, function, name)
 
 
 def _settle(connection: sqlalchemy.Connection) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from search.errors import (
 from search.evidence import EvidenceFolder
 from search.fidelity.stages import Scored, Stages, as_learnt
 from search.front import non_dominated
-from search.interrupt import Interrupted, check_interrupted
+from search.interrupt import Interrupted, check_interrupted, held_back, let_through, pause
 from search.materials import Materials, Split
 from search.observer import Observer
 from search.profile import ATTRIBUTE, Stopwatch
@@ -77,6 +76,7 @@ class _Worker:
         return Stages.of(self.materials, self.evidence)
 
     @property
+    @let_through()  # it may load the model
     def trial_tokens(self) -> int:
         """What a candidate takes that is scored in full."""
         return self.materials.evaluator("search").tokens if self.stages is None else self.stages.tokens
@@ -127,12 +127,12 @@ def run(
     before = store.trials()
     worker.observer.started(before, first + int(store.attribute("trials")))
     try:
-        for trial in _asked(worker, first=len(before)):
-            worker.observer.step("asked", trial)
-            _run_trial(worker, trial)
+        with held_back():
+            for trial in _asked(worker, first=len(before)):
+                worker.observer.step("asked", trial)
+                _run_trial(worker, trial)
     except (Interrupted, MergefrontError):
-        # A signal may come between the claim and the trial, too. What cannot be put back is adopted as a dead worker's.
-        with suppress(DiskError, StorageError):
+        with suppress(DiskError, StorageError):  # what cannot be put back is adopted as a dead worker's
             store.give_back_all()
         raise
     worker.observer.ended(store.trials())
@@ -161,11 +161,10 @@ def _asked(worker: _Worker, first: int) -> Iterator[TrialRecord]:
         elif left:
             # Other workers have the last ones; should one die, its trial is ours. Looking does not hold the store: idle
             # workers would keep it from those that have something to tell. Who failed a trial draws in its place.
-            time.sleep(pause := POLL_SECONDS)
+            pause(seconds := POLL_SECONDS)
             while store.all_taken():
-                check_interrupted()
-                time.sleep(pause)
-                pause = min(LONGEST_POLL_SECONDS, 1.3 * pause)
+                pause(seconds)
+                seconds = min(LONGEST_POLL_SECONDS, 1.3 * seconds)
         else:
             return
 
@@ -212,6 +211,7 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
     )
 
 
+@let_through()
 def _proposed(engine: Engine, history: Sequence[TrialRecord]) -> Proposal:
     """The next proposal. There is no trial yet that could fail, so the study stops if there is none.
 
@@ -314,6 +314,7 @@ def _scored(worker: _Worker, trial: TrialRecord) -> Result:
         return Result(values, attributes)
 
 
+@let_through()
 def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Scored, Diversity | None]:
     """What the recipe answers to a split; a candidate that is stopped samples no answers."""
     materials, observer, watch = worker.materials, worker.observer, worker.watch
@@ -342,6 +343,7 @@ def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Score
     return scored, diversity
 
 
+@held_back()
 def _score_report_split(worker: _Worker, checkpoints: Sequence[int]) -> None:
     """Scores parents, uniform line and front (or all trials, see `split.report`) on the report split.
 
@@ -380,8 +382,7 @@ def front_of(records: Sequence[TrialRecord], maximize: Sequence[bool]) -> set[in
 
 
 def _stop_after_failures(history: Sequence[TrialRecord]) -> None:
-    finished = [record for record in history if record.finished]
-    last = finished[-MAX_FAILURES_IN_A_ROW:]
+    last = [record for record in history if record.finished][-MAX_FAILURES_IN_A_ROW:]
     if len(last) == MAX_FAILURES_IN_A_ROW and all(record.state == "failed" for record in last):
         raise TooManyFailuresError(
             f"trials {last[0].number} to {last[-1].number} failed in a row; the last one: "

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from search.interrupt import let_through
 from search.storage import StudyStore
 
 logger = logging.getLogger("mergefront")
@@ -48,6 +49,8 @@ def helpers(count: int, store: StudyStore, command: Sequence[str]) -> Iterator[N
 def beside(commands: Sequence[Sequence[str]], url: str) -> Iterator[None]:
     """Runs commands of the product on one storage beside the block, and ends those that are left when it ends.
 
+    To be entered where signals are held back, else one that comes while it starts or ends a process leaves it running.
+
     On an error or a signal they get SIGTERM, upon which each gives its trial back; one that does not end in time is
     killed, and its trial is adopted later like any dead worker's.
     """
@@ -64,8 +67,9 @@ def beside(commands: Sequence[Sequence[str]], url: str) -> Iterator[None]:
         for command in commands:
             running.append(subprocess.Popen([*start, *command], env=environment, start_new_session=True))
         yield
-        for process in running:
-            process.wait()
+        with let_through():
+            for process in running:
+                process.wait()
     finally:
         for process in running:
             if process.poll() is None:

@@ -19,7 +19,7 @@ import pytest
 from search import __version__, ray_workers
 from search.config import load_study_file
 from search.errors import ConfigError, StorageError
-from search.interrupt import Interrupted, deferred
+from search.interrupt import Interrupted, check_interrupted, held_back, interruptible
 from search.observer import Observer
 from search.opening import create
 from search.ray_actor import actor_class
@@ -250,7 +250,7 @@ def drive(
 ) -> tuple[StandIn, list[_Slot]]:
     ray, made = StandIn(lives), [_Slot(number) for number in range(slots)]
     try:
-        _Driver(ray, ray, {"refused": refused}, store, Observer(), 3, made, check).run()
+        _Driver(ray, ray, {"refused": refused}, store, Observer(), 3, made, check=check).run()
     finally:
         drive.last = ray  # type: ignore[attr-defined]
     return ray, made
@@ -350,7 +350,7 @@ def test_other_errors_end_all_workers_only_while_the_set_up_is_unproven(store: S
 
 def test_a_signal_is_raised_between_two_looks_and_workers_are_asked_to_end(store: StudyStore) -> None:
     looks: list[int] = []
-    with deferred() as check:
+    with interruptible(), held_back():
 
         def look() -> None:
             looks.append(1)
@@ -359,7 +359,7 @@ def test_a_signal_is_raised_between_two_looks_and_workers_are_asked_to_end(store
                     os.getpid(), signal.SIGTERM
                 )  # a handler that raises would do so in the next call of Ray
             elif len(looks) > 3:
-                check()
+                check_interrupted()
 
         with pytest.raises(Interrupted, match="SIGTERM"):
             drive(store, [], slots=2, check=look)

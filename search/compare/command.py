@@ -15,6 +15,7 @@ from search.compare.table import comparison_table
 from search.config import StudyConfig
 from search.database import shown
 from search.errors import ConfigError, DiskError
+from search.interrupt import held_back, let_through
 from search.materials import Materials
 from search.opening import read_config
 from search.staging import write_whole
@@ -80,7 +81,7 @@ def compare(
     start += ["--device", device, "--workers", str(workers)]
     for override in (*overrides, f"batch_tokens={config.batch_tokens}"):
         start += ["--set", override]
-    with beside([[*start, "--helping"]] * (workers - 1), url):
+    with held_back(), beside([[*start, "--helping"]] * (workers - 1), url), let_through():
         stores = run_entries(every, materials, url, done=_say)
     found = read_standings(config.name, every, stores, checkpoints(tokens))
     return _written(found, out)

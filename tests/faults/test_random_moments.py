@@ -1,4 +1,4 @@
-"""Twenty kills, and as many signals, at moments that nobody chose: the study ends as if nothing had been."""
+"""Kills and signals at moments and at lines of code that nobody chose: the study ends as if nothing had been."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from search.baselines import BASELINES
 from search.storage import MAX_TRIES, StudyStore
 from tests.fault_table import Fault
 from tests.pico_study import write_study
-from tests.study_process import ended, merges, results, sound, start, url_in, whole
+from tests.study_process import TerminateAfter, ended, merges, results, sound, start, url_in, whole
 
 STRIKES = 20
 SPAN = 6.0  # trials that a run gets at most, and half of it on the average
 TRIALS = 120
+LINES = 200_000  # of Python code, from a trial's evidence to the next one's: nearly all of them work on the storage
+TELLING = 30_000  # the first of them
 
 pytestmark = pytest.mark.slow
 
@@ -107,3 +110,31 @@ def test_struck_twenty_times_at_random(
         assert all(merged[trial] <= tries[trial] for trial in tries)
     else:
         assert sum(merged.values()) <= len(trials) + inside
+
+
+@pytest.mark.fault(2)
+def test_a_signal_at_any_line_gives_the_trial_back(
+    study: Path,
+    peaceful: tuple[str, float],
+    storage_url: str,
+    tmp_path: Path,
+    fault: Fault,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it interrupts is left in order: a cursor left open would keep this very process from the storage."""
+    monkeypatch.setenv(
+        "MERGEFRONT_EVIDENCE", str(tmp_path / "runs")
+    )  # where it is by default, seen from the children
+    here = partial(os.chdir, tmp_path)
+    draw = random.Random(0)
+    struck = [draw.randrange(1, most) for most in (TELLING, LINES) for _ in range(STRIKES)]
+    kept: dict[int, Any] = {}
+    for lines in struck:
+        assert ended(start(study, storage_url, "evidence", 0, TerminateAfter(lines), before=here), 30) == 143
+        trials = StudyStore.open(storage_url, "pico").trials()
+        assert [t.number for t in trials if t.state == "running"] == [], lines
+        fault.kept(kept, kept := results(storage_url))
+    fault.struck(len(struck))
+    assert ended(start(study, storage_url, before=here), 400) == 0
+    assert whole(storage_url) == whole(peaceful[0])
+    assert {t.attributes["tries"] for t in StudyStore.open(storage_url, "pico").trials()} == {1}, "none died"
