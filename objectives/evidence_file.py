@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from search.errors import DiskError, EvaluationError
-from search.printable import printable
+from objectives.errors import DiskError, EvaluationError
+from objectives.printable import printable
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from search.errors import EvaluationError
+from objectives.errors import EvaluationError
+
+N_BINS = 15
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

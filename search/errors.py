@@ -5,23 +5,21 @@ A message is one line: *where: what is wrong (found, wanted). What to do.*
 
 from __future__ import annotations
 
+from objectives.errors import CheckpointError, ConfigError, DiskError, EvaluationError, MergefrontError
 
-class MergefrontError(Exception):
-    """Base of all errors that are shown as one line; anything else is a bug and keeps its traceback."""
-
-    exit_code = 1
-
-
-class ConfigError(MergefrontError):
-    """The study file, an option or a task is wrong."""
-
-    exit_code = 2
-
-
-class CheckpointError(MergefrontError):
-    """A checkpoint is broken or unsafe to read."""
-
-    exit_code = 3
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DiskError",
+    "EvaluationError",
+    "ExportError",
+    "IncompatibleModelsError",
+    "LostConnectionError",
+    "MergeError",
+    "MergefrontError",
+    "StorageError",
+    "TooManyFailuresError",
+]
 
 
 class IncompatibleModelsError(MergefrontError):
@@ -34,10 +32,6 @@ class MergeError(MergefrontError):
     """A recipe cannot be turned into weights."""
 
 
-class EvaluationError(MergefrontError):
-    """A model could not be scored, or its scores are not numbers."""
-
-
 class StorageError(MergefrontError):
     """The study's storage cannot be opened, read or written."""
 
@@ -46,12 +40,6 @@ class StorageError(MergefrontError):
 
 class LostConnectionError(StorageError):
     """The storage's server ended a connection in the middle of something: what was under way may be done or not."""
-
-
-class DiskError(MergefrontError):
-    """No space, no permission, or a folder that is in the way."""
-
-    exit_code = 4
 
 
 class ExportError(MergefrontError):

@@ -16,15 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-
-from objectives.diversity import Diversity
-from objectives.evaluator import Evaluation
-from objectives.metrics import Metric
-from search.baselines import missing_baseline
-from search.batches import size_batches, size_batches_held
-from search.budget import within_tokens
-from search.deadline import Deadline
+from objectives.evaluation import Evaluation
+from objectives.metrics.diversity import Diversity
+from objectives.metrics.names import Metric
+from objectives.questions.questions import Split
 from search.errors import (
     DiskError,
     EvaluationError,
@@ -34,17 +29,22 @@ from search.errors import (
     StorageError,
     TooManyFailuresError,
 )
-from search.evidence import EvidenceFolder
-from search.fidelity.stages import Scored, Stages, as_learnt
-from search.front import non_dominated
 from search.interrupt import Interrupted, check_interrupted, held_back, let_through, pause
-from search.materials import Materials, Split
-from search.observer import Observer
-from search.profile import ATTRIBUTE, Stopwatch
-from search.report_split import score_report_split
-from search.results import Memory, Result
+from search.merging.baselines import missing_baseline
+from search.running.batches import size_batches, size_batches_held
+from search.running.budget import within_tokens
+from search.running.deadline import Deadline
+from search.running.fidelity.rules import stages_of
+from search.running.fidelity.stages import Scored, Stages, as_learnt
+from search.running.memory import Memory, Result
+from search.running.observer import Observer
+from search.running.problem import Materials
+from search.running.profile import ATTRIBUTE, Stopwatch
+from search.running.report_split import score_report_split
 from search.samplers import Engine, Proposal, Sources, WeightedGradient, make_engine
-from search.storage import StudyStore, TrialRecord
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord, front_of
 
 logger = logging.getLogger("mergefront")
 
@@ -73,7 +73,7 @@ class _Worker:
     @cached_property
     def stages(self) -> Stages | None:
         """How candidates are scored in parts; None if they are not. It takes the live model."""
-        return Stages.of(self.materials, self.evidence)
+        return stages_of(self.materials, self.evidence)
 
     @property
     @let_through()  # it may load the model
@@ -371,14 +371,6 @@ def _score_report_split(worker: _Worker, checkpoints: Sequence[int]) -> None:
         return by_recipe[key]
 
     score_report_split(store, due, score, worker.observer)
-
-
-def front_of(records: Sequence[TrialRecord], maximize: Sequence[bool]) -> set[int]:
-    """Numbers of the non-dominated ones among complete trials, on the search split."""
-    if not records:
-        return set()
-    kept = non_dominated(np.array([record.values for record in records]), maximise=tuple(maximize))
-    return {record.number for record, on_front in zip(records, kept, strict=True) if on_front}
 
 
 def _stop_after_failures(history: Sequence[TrialRecord]) -> None:

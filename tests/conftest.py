@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.config import load_study_file
-from search.opening import create
+from search.config.study_file import load_study_file
+from search.running.launch import create
 from search.study import run
 from tests.fault_table import (  # noqa: F401 -- hooks and a fixture
     fault,
@@ -49,8 +49,8 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Cli]:
     """Calls the command line in this process, in an empty folder: exit code, stdout, stderr."""
-    from search.cli import main
-    from search.console import stderr_console
+    from search.cli.console import stderr_console
+    from search.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MERGEFRONT_STORAGE", raising=False)

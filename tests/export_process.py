@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import search.merging.save
-import search.staging
-from search.board import read_board
-from search.config import load_study_file
-from search.export import export_rows
+import search.storage.staging
+from search.config.study_file import load_study_file
+from search.export.folder import export_rows
 from search.merging.blend import merging
-from search.merging.checkpoint import file_sha256
-from search.opening import create
-from search.storage import StudyStore
+from search.results.board import read_board
+from search.running.launch import create
+from search.storage.files import file_sha256
+from search.storage.store import StudyStore
 from search.study import run
 from tests.pico import pico_tokenizer
 from tests.pico_study import write_questions, write_study
@@ -93,7 +93,7 @@ def kill_in_the_middle() -> None:
 
 def kill_before_the_rename() -> None:
     """Everything is written and synced."""
-    setattr(search.staging, "_put", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
+    setattr(search.storage.staging, "_put", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
 
 
 def kill_between_the_renames() -> None:

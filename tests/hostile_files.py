@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from search.config import load_study_file
+from search.checkpoints.checkpoint import SINGLE, Checkpoint
+from search.config.study_file import load_study_file
 from search.errors import CheckpointError, IncompatibleModelsError
-from search.merging.checkpoint import SINGLE, Checkpoint
-from search.opening import create
+from search.running.launch import create
 from tests.pico_study import write_questions, write_study
 
 

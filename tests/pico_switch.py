@@ -9,8 +9,8 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from search.cli import app
-from search.console import stderr_console
+from search.cli.console import stderr_console
+from search.cli.main import app
 from tests.pico import CHAT_TEMPLATE, pico_tokenizer, save_experts
 
 EVEN = list(range(0, 100, 2))  # random models write such a number often enough to differ by chance

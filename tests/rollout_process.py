@@ -6,13 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from objectives.generation import Decoding, encode_prompts
-from objectives.matching import get_rule
-from objectives.stopping import stopping
-from search.piece_store import PieceStore
+from objectives.generation.sampler import Decoding, encode_prompts
+from objectives.generation.stopping import stopping
+from objectives.questions.matching import get_rule
+from search.config.switching import Turns
+from search.storage.pieces import PieceStore
 from search.switching.relay import Relay
 from search.switching.rollouts import Asked, RolloutOptions, Rollouts, roll
-from search.switching.turns import Turns
 from tests.pico import pico_model, pico_tokenizer
 
 QUESTIONS = 48

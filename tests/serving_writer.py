@@ -107,7 +107,7 @@ class PicoWriter:
         import numpy as np
         import torch
 
-        from objectives.drawing import draw_tokens
+        from objectives.generation.drawing import draw_tokens
 
         random = np.random.default_rng(seed)
         drawn: list[int] = []

@@ -14,13 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from search.board import read_board
-from search.config import load_study_file
+from search.config.study_file import load_study_file
 from search.errors import MergefrontError
 from search.interrupt import Interrupted, interruptible, pause
-from search.observer import Observer, Step
-from search.opening import create
-from search.storage import StudyStore, TrialRecord
+from search.results.board import read_board
+from search.running.launch import create
+from search.running.observer import Observer, Step
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 
 # Children are forked from a server that imported everything and computed nothing: no start-up, no threads.

@@ -18,18 +18,18 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import search.merging.adapters
-from search.board import read_board
-from search.config import load_study_file
+import search.checkpoints.adapters
+from search.checkpoints.adapters import KIND, merged_adapter
+from search.checkpoints.checkpoint import Checkpoint, is_adapter
+from search.checkpoints.lora_config import _KNOWN, _MORE
+from search.checkpoints.parents import Parents
+from search.config.study_file import load_study_file
 from search.errors import CheckpointError, DiskError, MergeError
-from search.export import export_rows
-from search.manifest import write_manifest
-from search.merging.adapters import KIND, merged_adapter
-from search.merging.checkpoint import Checkpoint, is_adapter
-from search.merging.lora_config import _KNOWN, _MORE
-from search.merging.parents import Parents
-from search.opening import create, reopen
-from search.staging import locked_folder, staged_folder
+from search.export.folder import export_rows
+from search.results.board import read_board
+from search.running.launch import create, reopen
+from search.storage.manifest import write_manifest
+from search.storage.staging import locked_folder, staged_folder
 from search.study import run
 from tests.pico import CHAT_TEMPLATE, pico_tokenizer, save_pico
 from tests.pico_study import write_questions, write_study
@@ -244,7 +244,7 @@ def test_links_that_leave_the_folder(name: str, pre: Path, tmp_path: Path) -> No
     assert "a link that leads out of the folder" in refused(folder, pre)
     assert not list((tmp_path / "cache").rglob(name))
     with pytest.raises(CheckpointError, match="a link that leads out of the folder"):
-        search.merging.adapters.average_adapters([folder], [1.0], tmp_path / "mean")
+        search.checkpoints.adapters.average_adapters([folder], [1.0], tmp_path / "mean")
     (folder / name).unlink()
     secret.rename(folder / f"own-{name}")
     (folder / name).symlink_to(f"own-{name}")
@@ -286,7 +286,7 @@ def test_whatever_is_copied_makes_another_folder(tmp_path: Path, monkeypatch: py
     assert (merged() / "vocab.txt").read_text() == "same"
     write(folder, pair(seed=1))
     merged()
-    monkeypatch.setattr("search.merging.adapters.FORMAT", 99)
+    monkeypatch.setattr("search.checkpoints.adapters.FORMAT", 99)
     merged()
     assert len(set(seen)) == len(seen) == 7
     merged()
@@ -398,7 +398,9 @@ def test_errors_of_the_cache_name_its_variable(
 
 
 def test_a_full_disk_names_the_variable(pre: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.staging.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(
+        "search.storage.staging.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0)
+    )
     with pytest.raises(DiskError, match=r"no space left .* MERGEFRONT_CACHE names the folder"):
         merged_adapter(write(tmp_path / "a"), Checkpoint.open(pre))
 

@@ -16,17 +16,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from search.board import read_board
-from search.config import load_study_file
+from search.checkpoints.adapters import average_adapters, merged_adapter
+from search.checkpoints.checkpoint import ADAPTER_CONFIG as CONFIG
+from search.checkpoints.checkpoint import ADAPTER_WEIGHTS as WEIGHTS
+from search.checkpoints.checkpoint import Checkpoint
+from search.checkpoints.lora_config import _KNOWN, _MORE
+from search.checkpoints.parents import Parents
+from search.config.study_file import load_study_file
 from search.errors import CheckpointError, IncompatibleModelsError, MergeError
-from search.export import export_rows
-from search.merging.adapters import average_adapters, merged_adapter
-from search.merging.checkpoint import ADAPTER_CONFIG as CONFIG
-from search.merging.checkpoint import ADAPTER_WEIGHTS as WEIGHTS
-from search.merging.checkpoint import Checkpoint
-from search.merging.lora_config import _KNOWN, _MORE
-from search.merging.parents import Parents
-from search.opening import create
+from search.export.folder import export_rows
+from search.results.board import read_board
+from search.running.launch import create
 from search.study import run
 from tests.conftest import Cli
 from tests.pico import VOCAB, save_pico

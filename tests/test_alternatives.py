@@ -11,18 +11,18 @@ from transformers import GenerationConfig
 
 from objectives.calibrators.fitted import FittedTemperature
 from objectives.calibrators.methods import fit
-from objectives.evaluator import Evaluation
-from search.alternatives import CALIBRATORS, Scores, chosen_methods
-from search.board import read_board
-from search.calibrate import calibrate_study
-from search.calibrated_model import CARD, GENERATION, with_section
-from search.calibration_table import METRICS, calibration_table
-from search.config import load_study_file
+from objectives.evaluation import Evaluation
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
-from search.evidence import EvidenceFolder
-from search.manifest import read_manifest
-from search.opening import create, reopen
-from search.storage import StudyStore
+from search.export.calibrate import calibrate_study
+from search.export.calibrated_model import CARD, GENERATION, with_section
+from search.results.alternatives import CALIBRATORS, Scores, chosen_methods
+from search.results.board import read_board
+from search.results.calibration_table import METRICS, calibration_table
+from search.running.launch import create, reopen
+from search.storage.evidence import EvidenceFolder
+from search.storage.manifest import read_manifest
+from search.storage.store import StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.pico import save_pico

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.anchors.blocks import Blocks
-from search.anchors.construct import construct, gauss
-from search.anchors.options import AnchorOptions
+from search.checkpoints.parents import Parents
 from search.errors import MergeError
-from search.merging.parents import Parents
+from search.merging.anchors.blocks import Blocks
+from search.merging.anchors.construct import construct, gauss
+from search.merging.anchors.options import AnchorOptions
 from tests.pico import ARCHS, VOCAB, pico_model, save_pair
 from tests.test_anchor_builds import opened
 

@@ -14,10 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from search.anchors.blocks import Blocks
-from search.anchors.build import Progress, build
-from search.anchors.options import AdaptOptions, AnchorOptions
-from search.anchors.starts import FromExperts, FromMerge, FromPre
+from search.checkpoints.checkpoint import Checkpoint
+from search.checkpoints.parents import Parents
 from search.errors import (
     CheckpointError,
     ConfigError,
@@ -26,10 +24,12 @@ from search.errors import (
     IncompatibleModelsError,
     MergeError,
 )
-from search.merging.checkpoint import Checkpoint
+from search.merging.anchors.blocks import Blocks
+from search.merging.anchors.build import Progress, build
+from search.merging.anchors.options import AdaptOptions, AnchorOptions
+from search.merging.anchors.starts import FromExperts, FromMerge, FromPre
 from search.merging.methods.linear import merge_linear
-from search.merging.parents import Parents
-from search.piece_store import PieceStore
+from search.storage.pieces import PieceStore
 from tests.pico import VOCAB, block_network, pico_model, pico_tokenizer
 
 OPTIONS = AnchorOptions(n=4, tokens=3, steps=3)
@@ -391,6 +391,6 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(self: PieceStore, *arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("search.piece_store.write_whole", full)
+    monkeypatch.setattr("search.storage.pieces.write_whole", full)
     with pytest.raises(DiskError, match="no space left"):
         build(parents, tmp_path / "out", tmp_path / "work", anchors=OPTIONS, adapt=ADAPT)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.anchors.options import AdaptOptions, AnchorOptions
-from search.merging.checkpoint import Checkpoint
+from search.checkpoints.checkpoint import Checkpoint
+from search.merging.anchors.options import AdaptOptions, AnchorOptions
 
 STUDIES = Path(__file__).parents[1] / "studies"
 MODULES = ("train", "world", "experts", "merges", "tables", "run")

@@ -10,11 +10,18 @@ import pytest
 import torch
 from torch.func import functional_call, grad
 
-from search.anchors.adapt import adapt
-from search.anchors.construct import construct, cosines, gauss, pick_sigma, unit_directions, weight_rows
-from search.anchors.functional import call, distances
-from search.anchors.options import DISTANCES, AdaptOptions, AnchorOptions
 from search.errors import ConfigError, MergeError
+from search.merging.anchors.adapt import adapt
+from search.merging.anchors.construct import (
+    construct,
+    cosines,
+    gauss,
+    pick_sigma,
+    unit_directions,
+    weight_rows,
+)
+from search.merging.anchors.functional import call, distances
+from search.merging.anchors.options import DISTANCES, AdaptOptions, AnchorOptions
 
 WIDTH = 12
 SQUARED = AnchorOptions(distance="squared", decay=0.0)

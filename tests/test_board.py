@@ -9,17 +9,17 @@ import moocore
 import numpy as np
 import pytest
 
-from objectives.metrics import get_metric
-from search.board import Board, Row, Volume, read_board
-from search.cells import Cell
-from search.config import load_study_file
+from objectives.metrics.names import get_metric
+from search.config.study_file import load_study_file
 from search.errors import ConfigError, StorageError
-from search.evidence import EvidenceFolder
-from search.opening import create
-from search.picks import named_picks, pick
-from search.storage import StudyStore
+from search.results.board import Board, Row, Volume, read_board
+from search.results.front_table import front_table
+from search.results.intervals import Cell
+from search.results.picks import named_picks, pick
+from search.running.launch import create
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
 from search.study import run
-from search.tables import front_table
 from tests.pico_study import write_study
 
 

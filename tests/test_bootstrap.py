@@ -1,4 +1,4 @@
-"""objectives/bootstrap.py: the resamples' distribution, and what an interval covers."""
+"""objectives/metrics/bootstrap.py: the resamples' distribution, and what an interval covers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from objectives.bootstrap import interval, resample_weights
-from objectives.metrics import get_metric
+from objectives.metrics.bootstrap import interval, resample_weights
+from objectives.metrics.names import get_metric
 from objectives.outcomes import Outcomes
 from search.errors import EvaluationError
 

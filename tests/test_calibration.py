@@ -1,4 +1,4 @@
-"""objectives/calibration.py, accuracy.py: hand-made cases, independent implementations, known biases."""
+"""objectives/metrics/calibration.py, accuracy.py: hand-made cases, independent implementations, known biases."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from objectives import calibration as cal
-from objectives.accuracy import accuracy
+from objectives.metrics import calibration as cal
+from objectives.metrics.accuracy import accuracy
 from objectives.outcomes import Floats, Outcomes
 
 

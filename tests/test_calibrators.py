@@ -17,8 +17,6 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy as scipy_entropy
 
-from objectives.accuracy import accuracy
-from objectives.calibration import nll
 from objectives.calibrators.cape import permuted_questions
 from objectives.calibrators.daca import daca, naive_alignment
 from objectives.calibrators.dual_align import divergence_layers, dual_align
@@ -29,9 +27,11 @@ from objectives.calibrators.solver import TEMPERATURES
 from objectives.calibrators.temperature import temperature_scaling, vanilla
 from objectives.calibrators.tempering import entropy, jensen_shannon, tempered
 from objectives.evaluator import Evaluator
+from objectives.metrics.accuracy import accuracy
+from objectives.metrics.calibration import nll
 from objectives.outcomes import Floats, Outcomes
-from objectives.tasks import Question
-from search.config import TaskConfig
+from objectives.questions.config import TaskConfig
+from objectives.questions.questions import Question
 from search.errors import ConfigError, EvaluationError
 from tests.pico import pico_model, pico_tokenizer
 from tests.test_tasks import all_of, load, rows, write

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from search.checkpoints.checkpoint import SINGLE, Checkpoint
 from search.errors import CheckpointError
-from search.merging.checkpoint import SINGLE, Checkpoint, file_sha256
+from search.storage.files import file_sha256
 from tests.hostile_files import copy, entry, refused
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.config import load_study_file
-from search.opening import create
-from search.preflight import describe
+from search.config.study_file import load_study_file
+from search.running.check import describe
+from search.running.launch import create
 from search.study import run
 from tests.pico import pico_config
 from tests.pico_study import write_study

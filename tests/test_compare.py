@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.baselines import BASELINES
-from search.board import Board, Row, read_board
-from search.cells import RESAMPLES
-from search.compare.command import compare
-from search.compare.entrants import LINE, budget_tokens, entries, parse_entrants
-from search.compare.judge import Volume
-from search.compare.runs import checkpoints, run_entries
-from search.compare.standings import Outcome, Standings, _standing, read_standings
-from search.compare.table import comparison_table
-from search.config import load_study_file
-from search.database import reserved
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
 from search.front import hypervolume, worst_corner
-from search.materials import Materials
-from search.plots.comparison import _median_attainment, comparison_figure
-from search.storage import StudyStore
+from search.merging.baselines import BASELINES
+from search.results.board import Board, Row, read_board
+from search.results.compare.command import compare
+from search.results.compare.entrants import LINE, budget_tokens, entries, parse_entrants
+from search.results.compare.judge import Volume
+from search.results.compare.picture import _median_attainment, comparison_figure
+from search.results.compare.runs import checkpoints, run_entries
+from search.results.compare.standings import Outcome, Standings, _standing, read_standings
+from search.results.compare.table import comparison_table
+from search.results.intervals import RESAMPLES
+from search.running.problem import Materials
+from search.storage.database import reserved
+from search.storage.store import StudyStore
 from tests.conftest import Cli
 from tests.pico_study import write_study
 from tests.scripts import load_script

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from objectives.evaluator import Evaluation
-from objectives.metrics import get_metric
+from objectives.evaluation import Evaluation
+from objectives.metrics.names import get_metric
 from objectives.outcomes import Outcomes
-from search.answers import AnswersModel
+from search.config.sampler import SamplerConfig
 from search.front import hypervolume
-from search.sampler_config import SamplerConfig
 from search.samplers import make_engine
+from search.samplers.answers_model import AnswersModel
 from search.samplers.composite_engine import CompositeEngine
 from search.samplers.engine import sobol_point
 from search.samplers.line_engine import LineEngine
-from search.storage import TrialRecord
+from search.storage.trials import TrialRecord
 from tests.conftest import Cli
 from tests.pico_study import write_study
 from tests.test_samplers import BOUNDS, GROUPS, LINE, known, sources

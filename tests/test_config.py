@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from search.config import StudyConfig, differences, load_study_file, parse_study
-from search.strict_yaml import load_yaml
+from search.config.strict_yaml import load_yaml
+from search.config.study_file import StudyConfig, differences, load_study_file, parse_study
 
 GOOD = """\
 schema: 1

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from sacrebleu import sentence_bleu
 from scipy.stats import entropy
 
-from objectives.bootstrap import resample_weights
-from objectives.diversity import (
+from objectives.generation.sampler import AnswerSampler, Decoding, Generations
+from objectives.metrics.bootstrap import resample_weights
+from objectives.metrics.diversity import (
     DIVERSITY_NAMES,
     Diversity,
     distinct_n,
@@ -27,8 +28,7 @@ from objectives.diversity import (
     semantic_clusters,
     semantic_entropy,
 )
-from objectives.equivalence import EmbeddingEquivalence, EntailmentEquivalence
-from objectives.generation import AnswerSampler, Decoding, Generations
+from search.checkpoints.equivalence import EmbeddingEquivalence, EntailmentEquivalence
 from search.errors import CheckpointError, ConfigError, EvaluationError, MergefrontError
 from tests.pico import block_network, pico_config, pico_model, pico_tokenizer, save_pico
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from objectives.diversity import get_diversity_metric
-from objectives.prompts import load_prompts
-from search.board import read_board
-from search.budget import set_budget
-from search.config import load_study_file
+from objectives.metrics.diversity import get_diversity_metric
+from objectives.questions.prompts import load_prompts
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
-from search.evidence import EvidenceFolder
-from search.opening import create, reopen
-from search.report import write_report
-from search.storage import StudyStore
+from search.results.board import read_board
+from search.results.page import write_report
+from search.running.budget import set_budget
+from search.running.launch import create, reopen
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.pico import save_pico

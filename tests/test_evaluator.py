@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from objectives.evaluator import Evaluation, Evaluator, questions_digest
-from objectives.scoring import Scorer
-from objectives.tasks import Question
-from search.config import TaskConfig
+from objectives.evaluation import Evaluation, questions_digest
+from objectives.evaluator import Evaluator
+from objectives.questions.config import TaskConfig
+from objectives.questions.questions import Question
+from objectives.scoring.scorer import Scorer
 from search.errors import ConfigError, DiskError, EvaluationError
 from tests.pico import pico_model, pico_tokenizer
 

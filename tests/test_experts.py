@@ -16,25 +16,25 @@ from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 
-from search.baselines import UNCHOSEN, baselines
-from search.board import read_board
-from search.config import load_study_file, parse_study
+from search.checkpoints.parents import Parents
+from search.config.sections import MergeConfig, SpaceConfig
+from search.config.study_file import load_study_file, parse_study
 from search.errors import ConfigError, IncompatibleModelsError, MergeError
-from search.export import export_rows
-from search.gradient import CoefficientGradient
-from search.materials import Materials
+from search.export.folder import export_rows
+from search.export.verify import verify_folder
+from search.merging.baselines import UNCHOSEN, baselines
 from search.merging.methods.linear import linear_weights, merge_linear, weighted_sum
-from search.merging.parents import Parents
-from search.opening import create
-from search.picks import named_picks, pick
-from search.plots.coefficients import coefficients_figure
-from search.report import write_report
-from search.sections import MergeConfig, SpaceConfig
-from search.space import CoefficientSpace
-from search.storage import StudyStore
+from search.merging.space import CoefficientSpace
+from search.results.board import read_board
+from search.results.front_table import front_table
+from search.results.page import write_report
+from search.results.picks import named_picks, pick
+from search.results.plots.coefficients import coefficients_figure
+from search.running.launch import create
+from search.running.problem import Materials
+from search.samplers.gradient import CoefficientGradient
+from search.storage.store import StudyStore
 from search.study import run
-from search.tables import front_table
-from search.verify import verify_folder
 from tests.conftest import Cli
 from tests.pico import save_pico
 from tests.pico_study import write_study
@@ -243,7 +243,7 @@ def test_cheap_fitness_knows_all_parents(estimator: str, tmp_path: Path) -> None
 
 def test_a_gradient_by_every_experts_coefficient(tmp_path: Path) -> None:
     """Equal to a central difference within 1e-3 of the largest."""
-    from objectives.losses import stand_in
+    from objectives.scoring.losses import stand_in
 
     materials = Materials.open(load_study_file(expert_study(tmp_path, names=("brief", "kind"))), "cpu")
     space = materials.space

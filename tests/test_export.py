@@ -16,17 +16,18 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from search.board import Board, Row, read_board
-from search.config import load_study_file
+from search.checkpoints.writing import TAGALONG
+from search.config.strict_yaml import load_yaml
+from search.config.study_file import load_study_file
 from search.errors import ConfigError, ExportError
-from search.export import export_rows, portable_url
-from search.manifest import read_manifest
-from search.materials import Materials
-from search.merging.save import TAGALONG, save_checkpoint
-from search.picks import pick
-from search.space import Recipe
-from search.storage import StudyStore
-from search.strict_yaml import load_yaml
+from search.export.folder import export_rows, portable_url
+from search.merging.save import save_checkpoint
+from search.recipe import Recipe
+from search.results.board import Board, Row, read_board
+from search.results.picks import pick
+from search.running.problem import Materials
+from search.storage.manifest import read_manifest
+from search.storage.store import StudyStore
 from tests.export_process import exported, made_study, tree
 from tests.pico import pico_tokenizer
 from tests.test_mergekit_config import differing, loaded
@@ -123,7 +124,7 @@ def test_shards_have_an_index_and_one_tensor_at_a_time(
     from transformers import AutoModelForCausalLM
 
     whole = load_file(exported(url, tmp_path / "whole", row.trial) / "model" / "model.safetensors")
-    monkeypatch.setattr("search.export.save_checkpoint", partial(save_checkpoint, shard_bytes=20_000))
+    monkeypatch.setattr("search.export.folder.save_checkpoint", partial(save_checkpoint, shard_bytes=20_000))
     model = exported(url, tmp_path / "shards", row.trial) / "model"
     shards = sorted(model.glob("*.safetensors"))
     assert len(shards) > 3

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from objectives.drawing import draw_tokens
-from objectives.generation import AnswerSampler, Decoding, Generations, uniforms
-from objectives.stopping import Stopping
+from objectives.generation.drawing import draw_tokens
+from objectives.generation.sampler import AnswerSampler, Decoding, Generations, uniforms
+from objectives.generation.stopping import Stopping
 from search.errors import ConfigError, DiskError, EvaluationError
 from tests.pico import ARCHS, pico_model, pico_tokenizer
 
@@ -394,7 +394,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert sampler().generate().save(tmp_path / "h") == digest
     assert sorted(os.listdir(tmp_path)) == ["g", "h"]
     # Another process: another hash seed, which the library's own metadata order depends on.
-    script = "from objectives.generation import Generations; print(Generations.load('g').save('i'))"
+    script = "from objectives.generation.sampler import Generations; print(Generations.load('g').save('i'))"
     ran = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

@@ -12,20 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import objectives.masks
-from objectives.backward import GRAPH_SHARE
-from objectives.losses import BRIER, CROSS_ENTROPY, SOFT_BINNED_ECE, Loss, scalarized
-from objectives.scoring import Scorer, plain_loglikelihoods
-from objectives.tasks import Question
-from search.config import MergeConfig, SpaceConfig, TaskConfig
+import objectives.scoring.masks
+from objectives.questions.config import TaskConfig
+from objectives.questions.questions import Question
+from objectives.scoring.backward import GRAPH_SHARE
+from objectives.scoring.losses import BRIER, CROSS_ENTROPY, SOFT_BINNED_ECE, Loss, scalarized
+from objectives.scoring.scorer import Scorer, plain_loglikelihoods
+from search.checkpoints.checkpoint import SINGLE
+from search.checkpoints.parents import Parents
+from search.config.sections import MergeConfig, SpaceConfig
 from search.errors import ConfigError, EvaluationError, MergeError
-from search.gradient import CoefficientGradient
 from search.merging.blend import make_blend
-from search.merging.checkpoint import SINGLE
 from search.merging.live import LiveModel
 from search.merging.methods.linear import coefficient_derivative
-from search.merging.parents import Parents
-from search.space import CoefficientSpace, Recipe
+from search.merging.space import CoefficientSpace
+from search.recipe import Recipe
+from search.samplers.gradient import CoefficientGradient
 from tests.pico import block_network, pico_model, pico_tokenizer
 from tests.test_placement import spread_by_hand
 from tests.test_scoring import sharp, some_questions
@@ -173,7 +175,7 @@ def test_batches_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     recipe = some_recipe(gradient_of(parents, questions).space)
     whole = gradient_of(parents, questions, batch_tokens=10**6).at(recipe, MIXED)
     for batch_tokens, head_values in ((1, 2**25), (600, 2**25), (10**6, 3 * 96)):
-        monkeypatch.setattr(objectives.packed, "HEAD_VALUES", head_values)
+        monkeypatch.setattr(objectives.scoring.packed, "HEAD_VALUES", head_values)
         parts = gradient_of(parents, questions, batch_tokens=batch_tokens).at(recipe, MIXED)
         np.testing.assert_allclose(parts.gradient, whole.gradient, rtol=1e-5, atol=1e-8)
         assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
@@ -243,7 +245,7 @@ def test_one_gradient_is_held_at_a_time(layout: str, tmp_path: Path, monkeypatch
         held.append(sum(parameter.grad is not None for parameter in gradient._live.model.parameters()))
         return coefficient_derivative(*tensors)
 
-    monkeypatch.setattr("search.gradient.coefficient_derivative", watched)
+    monkeypatch.setattr("search.samplers.gradient.coefficient_derivative", watched)
     gradient.at(some_recipe(gradient.space), CROSS_ENTROPY)
     assert set(held) == {1}
     # One pass a batch, and one more for the prefix, which the last layer's output does not reach.
@@ -267,9 +269,9 @@ def test_what_cannot_be_differentiated(tmp_path: Path, monkeypatch: pytest.Monke
         gradient.at(some_recipe(gradient.space), Loss("undefined", undefined, coupled=False))
 
     def refuse(model: Any) -> None:
-        raise objectives.masks.Unmaskable("layers of type 'state space' are no plain attention")
+        raise objectives.scoring.masks.Unmaskable("layers of type 'state space' are no plain attention")
 
-    monkeypatch.setattr("objectives.scoring.PackedModel", refuse)
+    monkeypatch.setattr("objectives.scoring.scorer.PackedModel", refuse)
     with pytest.raises(ConfigError, match=r"needs a model that takes token trees.*state space"):
         gradient_of(parents, questions)
 

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from objectives.masks import Unmaskable
-from search.baselines import BASELINES
-from search.budget import set_budget, set_tokens
-from search.config import load_study_file
+from objectives.scoring.masks import Unmaskable
+from search.config.sampler import SamplerConfig
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
-from search.opening import create
-from search.sampler_config import SamplerConfig
+from search.merging.baselines import BASELINES
+from search.running.budget import set_budget, set_tokens
+from search.running.launch import create
 from search.samplers import Engine, make_engine
 from search.samplers.gradient_engine import spread
-from search.storage import StudyStore, TrialRecord
+from search.storage.store import StudyStore
+from search.storage.trials import PROPOSAL_TOKENS, TrialRecord
 from search.study import run
-from search.trials import PROPOSAL_TOKENS
 from tests.conftest import Cli
 from tests.pico_study import write_study
 from tests.test_samplers import BEST, BOUNDS, GROUPS, LINE, losses, record, sources
@@ -167,7 +167,7 @@ def test_a_gradient_that_fails_stops_the_study_cleanly(
 
     path = study(tmp_path / "study", 2)
     with monkeypatch.context() as patched:
-        patched.setattr("search.gradient.coefficient_derivative", broken)
+        patched.setattr("search.samplers.gradient.coefficient_derivative", broken)
         code, out, err = cli("launch", path)
     assert (code, out) == (1, "")
     last = err.strip().splitlines()[-1]
@@ -187,7 +187,7 @@ def test_a_model_without_gradients_is_refused_before_anything_is_written(
     def refuse(model: Any) -> None:
         raise Unmaskable("layers of type 'state space' are no plain attention")
 
-    monkeypatch.setattr("objectives.scoring.PackedModel", refuse)
+    monkeypatch.setattr("objectives.scoring.scorer.PackedModel", refuse)
     code, out, err = cli("launch", study(tmp_path / "study"))
     assert (code, out) == (2, "")
     assert "needs a model that takes token trees" in err

@@ -13,13 +13,13 @@ from objectives.calibrators.dual_align import dual_align
 from objectives.calibrators.layerwise import LayerwiseScorer
 from objectives.calibrators.logits import LayerwiseLogits, OptionLogits
 from objectives.calibrators.tempering import tempered
-from objectives.encoding import encode_questions
 from objectives.evaluator import Evaluator
 from objectives.outcomes import Floats
-from objectives.packed import PackedModel
-from objectives.scoring import Scorer
-from objectives.tasks import Question
-from search.config import TaskConfig
+from objectives.questions.config import TaskConfig
+from objectives.questions.questions import Question
+from objectives.scoring.encoding import encode_questions
+from objectives.scoring.packed import PackedModel
+from objectives.scoring.scorer import Scorer
 from search.errors import ConfigError, EvaluationError
 from tests.pico import pico_model, pico_tokenizer
 from tests.test_scoring import LAYOUTS, question, sharp, some_questions

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from search.checkpoints.checkpoint import SINGLE
+from search.checkpoints.parents import Parents
 from search.errors import MergeError
 from search.merging.blend import make_blend
-from search.merging.checkpoint import SINGLE
 from search.merging.live import LiveModel
 from search.merging.methods.linear import merge_linear
-from search.merging.parents import Parents
 from tests.pico import ARCHS, VOCAB, block_network, save_pair
 
 TOKENS = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))

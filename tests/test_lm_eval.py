@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from objectives.evaluator import Evaluator
-from objectives.tasks import Question, load_questions
-from search.config import SplitConfig, TaskConfig
+from objectives.questions.config import SplitConfig, TaskConfig
+from objectives.questions.questions import Question
+from objectives.questions.tasks import load_questions
 from tests.pico import pico_model, pico_tokenizer
 from tests.scripts import load_script
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from search.config import load_study_file
+from search.checkpoints.checkpoint import Checkpoint
+from search.checkpoints.local_parents import LocalParents
+from search.config.study_file import load_study_file
 from search.errors import CheckpointError, ConfigError, DiskError
-from search.merging.checkpoint import Checkpoint
-from search.merging.local_parents import LocalParents
-from search.opening import create, reopen
-from search.storage import StudyStore
+from search.running.launch import create, reopen
+from search.storage.store import StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.fault_table import Fault
@@ -162,7 +162,7 @@ def test_a_copy_that_was_cut_off_is_absent_and_made_again(study: Path, tmp_path:
     root, pre = tmp_path / "local", study.parent / "pre"
     code = (
         "import os, shutil, signal, sys; from pathlib import Path; "
-        "from search.merging.local_parents import LocalParents; real = shutil.copyfile\n"
+        "from search.checkpoints.local_parents import LocalParents; real = shutil.copyfile\n"
         "def once(a, b):\n    real(a, b)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "shutil.copyfile = once; LocalParents(Path(sys.argv[1]), {}).copy_of('pre', Path(sys.argv[2]), sys.argv[2])"
     )

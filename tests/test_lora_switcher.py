@@ -18,21 +18,20 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from objectives.generation import Decoding, encode_prompts
-from objectives.stopping import stopping
+from objectives.generation.sampler import Decoding, encode_prompts
+from objectives.generation.stopping import stopping
+from search.checkpoints.adapters import merged_adapter
+from search.checkpoints.checkpoint import Checkpoint
+from search.config.switching import LoraOptions, Turns
 from search.errors import ConfigError, EvaluationError, MergefrontError
-from search.merging.adapters import merged_adapter
-from search.merging.checkpoint import Checkpoint
 from search.switching.adapter import load_switcher
-from search.switching.asking import AskedSwitcher, Asking, asked_logits, common
-from search.switching.batch import INSERTED, Border, Response, Start
+from search.switching.asked_switcher import AskedSwitcher, Asking, asked_logits, common
+from search.switching.classifier_switcher import chosen
 from search.switching.lora import Epoch, Lora, train_lora
-from search.switching.lora_options import LoraOptions
 from search.switching.policies import AtRandom
 from search.switching.reader import CachedReader, PlainReader, Tokens, make_reader
 from search.switching.relay import Relay
-from search.switching.switcher import chosen
-from search.switching.turns import Turns
+from search.switching.response import INSERTED, Border, Response, Start
 from tests.pico import ARCHS, pico_model, pico_tokenizer, save_pico
 
 NAMES = ("pre", "supervised", "preferred")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from objectives import calibration
-from objectives.losses import (
+from objectives.metrics import calibration
+from objectives.outcomes import Outcomes
+from objectives.scoring.losses import (
     BRIER,
     CROSS_ENTROPY,
     SOFT_BINNED_ECE,
@@ -18,7 +19,6 @@ from objectives.losses import (
     soft_binned_ece,
     stand_in,
 )
-from objectives.outcomes import Outcomes
 from search.errors import ConfigError
 
 LOSSES = (CROSS_ENTROPY, BRIER, SOFT_BINNED_ECE)

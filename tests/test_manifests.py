@@ -19,10 +19,10 @@ import pytest
 import typer
 import yaml
 
-from search.baselines import BASELINES
-from search.cli import app
+from search.cli.main import app
 from search.errors import StorageError
-from search.storage import StudyStore
+from search.merging.baselines import BASELINES
+from search.storage.store import StudyStore
 from tests.fault_table import Fault
 from tests.pico_study import write_study
 
@@ -110,7 +110,7 @@ class Site:
         programs = folder / "bin"
         programs.mkdir()
         for name, text in (
-            ("mergefront", f'echo $$ >> "{folder}/workers"; exec {sys.executable} -m search.cli "$@"'),
+            ("mergefront", f'echo $$ >> "{folder}/workers"; exec {sys.executable} -m search.cli.main "$@"'),
             ("scontrol", f'echo "$@" >> "{folder}/scontrol"'),
         ):
             (programs / name).write_text(f"#!/bin/sh\n{text}\n")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from objectives.agreement import agreement
-from objectives.matching import RULE_NAMES, get_rule, last_number, normalized, token_f1
-from objectives.metrics import get_metric
+from objectives.generation.agreement import agreement
+from objectives.metrics.names import get_metric
+from objectives.questions.matching import RULE_NAMES, get_rule, last_number, normalized, token_f1
 from search.errors import ConfigError, EvaluationError
 
 words = st.lists(st.sampled_from(["red", "blue", "the", "old", "house"]), max_size=5).map(" ".join)

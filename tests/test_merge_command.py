@@ -17,21 +17,21 @@ from mergekit.merge import MergeOptions, run_merge
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import search.piece_store
-from search.anchors.build import Progress, build
-from search.anchors.options import AdaptOptions, AnchorOptions
-from search.anchors.starts import FromExperts, FromMerge
-from search.config import load_study_file
+import search.storage.pieces
+from search.checkpoints.checkpoint import Checkpoint
+from search.checkpoints.parents import Parents
+from search.cli.bars import MergeBar
+from search.config.methods import METHODS
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
-from search.manifest import read_manifest
-from search.merging.checkpoint import Checkpoint
-from search.merging.methods.table import METHODS
+from search.merging.anchors.build import Progress, build
+from search.merging.anchors.options import AdaptOptions, AnchorOptions
+from search.merging.anchors.starts import FromExperts, FromMerge
 from search.merging.methods.tsv import merge_tsv
 from search.merging.methods.wudi import merge_wudi
-from search.merging.parents import Parents
-from search.oneoff.bar import MergeBar
-from search.oneoff.request import KNOWN, SEPARATE, read_request
-from search.oneoff.singular import linear_layers
+from search.merging.oneoff.request import KNOWN, SEPARATE, read_request
+from search.merging.oneoff.singular import linear_layers
+from search.storage.manifest import read_manifest
 from tests.conftest import Cli
 from tests.pico import CHAT_TEMPLATE, pico_tokenizer, save_experts, save_pico
 from tests.pico_study import write_study
@@ -250,7 +250,7 @@ def test_a_killed_fda_goes_on_to_the_same_bytes(
 
 def _die_at(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After so many pieces: within the next one, or within the checkpoint."""
-    write, written = search.piece_store.write_whole, []
+    write, written = search.storage.pieces.write_whole, []
 
     def strike(path: Path, data: bytes) -> None:
         if len(written) == stop:
@@ -258,10 +258,10 @@ def _die_at(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
         write(path, data)
         written.append(path)
 
-    monkeypatch.setattr(search.piece_store, "write_whole", strike)
+    monkeypatch.setattr(search.storage.pieces, "write_whole", strike)
     if stop == 6:
         monkeypatch.setattr(
-            "search.oneoff.make.write_manifest", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            "search.merging.oneoff.make.write_manifest", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         )
 
 

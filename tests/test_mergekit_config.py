@@ -19,9 +19,10 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
+from search.checkpoints.parents import Parents
 from search.errors import ExportError
-from search.mergekit_config import (
-    Weights,
+from search.merging.blend import Blend, Weights, make_blend
+from search.merging.mergekit_config import (
     caveats,
     check_config,
     config_text,
@@ -32,8 +33,6 @@ from search.mergekit_config import (
     place_of,
     quoted,
 )
-from search.merging.blend import Blend, make_blend
-from search.merging.parents import Parents
 from search.merging.save import save_checkpoint
 from tests.pico import save_pair, save_pico
 
@@ -116,7 +115,7 @@ def test_a_star_is_no_name_for_mergekit() -> None:
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_survive_both_kinds_of_yaml(value: float) -> None:
-    from search.strict_yaml import load_yaml
+    from search.config.strict_yaml import load_yaml
 
     for found in (yaml.safe_load(f"a: {number(value)}")["a"], load_yaml(f"a: {number(value)}", "x")["a"]):
         assert isinstance(found, float)

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from search.checkpoints.checkpoint import SINGLE
+from search.checkpoints.parents import Parents
 from search.errors import MergeError
 from search.merging.blend import make_blend
-from search.merging.checkpoint import SINGLE
 from search.merging.live import LiveModel
 from search.merging.methods import linear
 from search.merging.methods.linear import linear_weights, merge_linear, weighted_sum
 from search.merging.methods.slerp import angle, slerp_weights
-from search.merging.parents import Parents
 from tests.pico import ARCHS, save_pair
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,21 +16,21 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from safetensors.torch import load_file, save_file
 
-from search.board import read_board
-from search.config import load_study_file, parse_study
+from search.checkpoints.parents import Parents
+from search.config.methods import METHODS
+from search.config.sections import MergeConfig, SpaceConfig
+from search.config.study_file import load_study_file, parse_study
 from search.errors import ConfigError, ExportError, MergeError
-from search.export import export_rows
-from search.materials import Materials
+from search.export.folder import export_rows
+from search.export.verify import verify_folder
 from search.merging.blend import KERNELS, make_blend
-from search.merging.methods.table import METHODS
-from search.merging.parents import Parents
-from search.opening import create
-from search.sections import MergeConfig, SpaceConfig
-from search.space import CoefficientSpace
-from search.storage import StudyStore
+from search.merging.space import CoefficientSpace
+from search.results.board import read_board
+from search.results.front_table import front_table
+from search.running.launch import create
+from search.running.problem import Materials
+from search.storage.store import StudyStore
 from search.study import run
-from search.tables import front_table
-from search.verify import verify_folder
 from tests.conftest import Cli
 from tests.pico import save_experts
 from tests.test_experts import EXPERTS, expert_study, finished
@@ -110,7 +110,7 @@ def test_a_config_that_was_changed_is_found_out(tmp_path: Path) -> None:
     (folder,) = export_rows(store, board, [row], tmp_path, weights=False, overwrite=False, overrides=[])
     path = folder / "mergekit_config.yml"
     text = path.read_text()
-    from search.manifest import read_manifest, write_manifest
+    from search.storage.manifest import read_manifest, write_manifest
 
     facts = {k: v for k, v in read_manifest(folder).items() if k != "files"}
     for old, new in (

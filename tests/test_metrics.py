@@ -1,4 +1,4 @@
-"""objectives/metrics.py: the registry, and the laws that every metric obeys."""
+"""objectives/metrics/names.py: the registry, and the laws that every metric obeys."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from objectives.bootstrap import resample_weights
-from objectives.metrics import METRIC_NAMES, get_metric
+from objectives.metrics.bootstrap import resample_weights
+from objectives.metrics.names import METRIC_NAMES, get_metric
 from objectives.outcomes import Floats, Outcomes
 from search.errors import ConfigError, EvaluationError
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from search import trials
-from search.storage import StudyStore
+from search.storage import trials
+from search.storage.store import StudyStore
 from search.study import run
 from tests.scripts import load_script
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from search.checkpoints.checkpoint import SINGLE
+from search.checkpoints.hub import resolve
+from search.checkpoints.parents import Parents
 from search.errors import CheckpointError, IncompatibleModelsError
-from search.merging.checkpoint import SINGLE
-from search.merging.parents import Parents, resolve
 from tests.hostile_files import edit_json, edit_tensors
 from tests.pico import (
     _LETTERS,

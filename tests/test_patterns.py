@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.merging.patterns import LONGEST, Pattern
+from search.checkpoints.patterns import LONGEST, Pattern
 
 _PIECES = [
     "a",

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from objectives.preferences import share_of_words
-from search.config import load_study_file
+from objectives.metrics.preferences import share_of_words
+from search.config.study_file import load_study_file
 
 STUDIES = Path(__file__).parents[1] / "studies"
 MODULES = ("world", "train", "prepare", "styles", "tune", "experts", "measure", "soups", "engines")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from objectives.scoring import Scorer
+from objectives.scoring.scorer import Scorer
+from search.checkpoints.parents import Parents
+from search.checkpoints.placement import choose_device, device_title, dispatch
 from search.errors import ConfigError
 from search.merging import live
 from search.merging.blend import make_blend
-from search.merging.parents import Parents
-from search.merging.placement import choose_device, device_title, dispatch
 from tests.pico import pico_model, pico_tokenizer, save_pair
 from tests.test_scoring import some_questions
 

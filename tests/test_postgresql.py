@@ -18,14 +18,15 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 import search.study
-from search.config import load_study_file
-from search.database import exclusive, reserved
+from search.config.study_file import load_study_file
 from search.errors import LostConnectionError, StorageError
-from search.materials import Materials
-from search.observer import Observer, Step
-from search.opening import create
-from search.server import lock_key
-from search.storage import StudyStore, TrialRecord
+from search.running.launch import create
+from search.running.observer import Observer, Step
+from search.running.problem import Materials
+from search.storage.database import exclusive, reserved
+from search.storage.postgresql import lock_key
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 from tests.conftest import Cli
 from tests.faults.stores import claim, new_store
@@ -224,8 +225,8 @@ def test_who_waits_for_a_lock_is_patient_not_hasty(
         assert next(asked) < 20, "it asks again and again"
         raise OperationalError("select", None, Exception("server closed"), connection_invalidated=True)
 
-    monkeypatch.setattr("search.server._asked", cut)
-    monkeypatch.setattr("search.server.WAIT_SECONDS", 1.0)
+    monkeypatch.setattr("search.storage.postgresql._asked", cut)
+    monkeypatch.setattr("search.storage.postgresql.WAIT_SECONDS", 1.0)
     with pytest.raises(LostConnectionError, match="server closed"), store.exclusive():
         pass
 
@@ -291,7 +292,7 @@ def test_a_signal_ends_who_waits_for_a_lock(postgresql_url: str) -> None:
     new_store(postgresql_url)
     code = """
 import sys
-from search.database import exclusive
+from search.storage.database import exclusive
 from search.interrupt import Interrupted, interruptible
 try:
     with interruptible():
@@ -350,7 +351,7 @@ def test_a_server_without_a_connection_left_is_waited_for(monkeypatch: pytest.Mo
         free.start()
         assert StudyStore.open(url, "s").trials() == []
         assert time.monotonic() - began > 0.9
-        monkeypatch.setattr("search.server.WAIT_SECONDS", 0.3)
+        monkeypatch.setattr("search.storage.postgresql.WAIT_SECONDS", 0.3)
         taken = [psycopg.connect(plain) for _ in range(4)]
         with pytest.raises(
             StorageError, match=r"no connection left for \d+ s\. Raise its max_connections"

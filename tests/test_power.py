@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from objectives.bootstrap import resample_weights
-from objectives.metrics import METRIC_NAMES, Metric, find_metric, get_metric
-from objectives.outcomes import Outcomes
-from objectives.power import (
+from objectives.metrics.bootstrap import resample_weights
+from objectives.metrics.names import METRIC_NAMES, Metric, find_metric, get_metric
+from objectives.metrics.power import (
     Power,
     assumed,
     differences,
@@ -21,6 +20,7 @@ from objectives.power import (
     questions_for,
     smallest_difference,
 )
+from objectives.outcomes import Outcomes
 from tests.conftest import Cli
 from tests.pico_study import write_questions, write_study
 

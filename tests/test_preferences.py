@@ -12,23 +12,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from objectives.diversity import Diversity, get_sampled_metric
-from objectives.metrics import find_metric, is_sampled
-from objectives.preferences import Length, Vocabulary, count_words, make_preference, share_of_words, words_of
-from objectives.reward import RewardModel, check_reward_model
-from search.board import read_board
-from search.budget import set_budget
-from search.config import load_study_file
+from objectives.metrics.diversity import Diversity, get_sampled_metric
+from objectives.metrics.names import find_metric, is_sampled
+from objectives.metrics.preferences import Length, Vocabulary, count_words, share_of_words, words_of
+from search.checkpoints.reward_model import RewardModel, check_reward_model, make_preference
+from search.config.sections import PreferenceConfig
+from search.config.study_file import load_study_file
 from search.errors import CheckpointError, ConfigError, EvaluationError
-from search.evidence import EvidenceFolder
-from search.export import export_rows
-from search.opening import create, reopen
-from search.picks import pick
-from search.report import write_report
-from search.sections import PreferenceConfig
-from search.storage import StudyStore
+from search.export.folder import export_rows
+from search.results.board import read_board
+from search.results.front_table import front_table
+from search.results.page import write_report
+from search.results.picks import pick
+from search.running.budget import set_budget
+from search.running.launch import create, reopen
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
 from search.study import run
-from search.tables import front_table
 from tests.conftest import Cli
 from tests.pico import pico_config, pico_tokenizer, save_pico
 from tests.pico_study import write_prompts, write_study

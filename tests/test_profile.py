@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from search.config import load_study_file
-from search.opening import create, reopen
-from search.profile import ATTRIBUTE, PARTS, Stopwatch, read_profile
-from search.report import write_report
-from search.storage import StudyStore
+from search.config.study_file import load_study_file
+from search.results.page import write_report
+from search.running.launch import create, reopen
+from search.running.profile import ATTRIBUTE, PARTS, Stopwatch, read_profile
+from search.storage.store import StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.pico_study import write_study
@@ -68,7 +68,7 @@ def test_batches_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.
     size = StudyStore.open(url, "pico").attribute("batch_tokens:cpu")
     assert size == materials.scorer.batch_tokens
 
-    monkeypatch.setattr("objectives.scoring.Scorer.measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("objectives.scoring.scorer.Scorer.measure", lambda *_: pytest.fail("measured again"))
     store.set_attribute("batch_tokens:cpu", 77)
     store.set_attribute("trials", 2)
     store, materials = reopen(url, "pico", "cpu")

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from objectives.encoding import encode_questions
-from objectives.tasks import load_questions
-from search.config import load_study_file
+from objectives.questions.tasks import load_questions
+from objectives.scoring.encoding import encode_questions
+from search.config.study_file import load_study_file
 
 STUDY = Path(__file__).parents[1] / "studies" / "quickstart"
 MODULES = ("world", "train", "prepare")

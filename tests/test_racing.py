@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from objectives.metrics import get_metric
+from objectives.metrics.names import get_metric
 from objectives.outcomes import Integers, Outcomes
-from search.config import RacingConfig
-from search.fidelity.racing import Comparison, Racing, looks
-from search.fidelity.stages import Verdict
+from search.config.sections import RacingConfig
 from search.front import non_dominated
-from search.trials import TrialRecord
+from search.running.fidelity.racing import Comparison, Racing, looks
+from search.running.fidelity.stages import Verdict
+from search.storage.trials import TrialRecord
 
 
 class World:

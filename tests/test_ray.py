@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from search.baselines import BASELINES
-from search.budget import set_budget
-from search.config import load_study_file
-from search.opening import create
-from search.storage import StudyStore
+from search.config.study_file import load_study_file
+from search.merging.baselines import BASELINES
+from search.running.budget import set_budget
+from search.running.launch import create
+from search.storage.store import StudyStore
 from tests.fault_table import Fault
 from tests.pico_study import write_study
 from tests.test_ray_driver import alive, finished, wait_for
@@ -76,7 +76,7 @@ def _environment(**others: str) -> dict[str, str]:
 
 def start(folder: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """The command line in a process of its own; what it prints goes to files."""
-    command = [sys.executable, "-m", "search.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "search.cli.main", *map(str, arguments)]
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         return subprocess.Popen(
             command, cwd=folder, env=_environment(**environment), stdout=out, stderr=err, text=True
@@ -225,7 +225,7 @@ def test_a_password_is_nowhere_and_errors_are_one_line(
     secret = "tOpSeCrEt-4711"
     code = f"""
 import ray, json, sys
-from search.ray_actor import actor_class
+from search.running.ray_actor import actor_class
 from tests.test_ray_driver import job
 ray.init(address="{address}", log_to_driver=False, configure_logging=False)
 actor = ray.remote(max_concurrency=4)(actor_class()).remote()
@@ -242,7 +242,7 @@ print(json.dumps([cmdline, *ray.get(actor.wait.remote())]))
         text=True,
         check=True,
     )
-    assert "search.cli" in found.stdout
+    assert "search.cli.main" in found.stdout
     assert "postgresql+psycopg://user:***@127.0.0.1:1/study: " in found.stdout
     assert secret not in found.stdout + found.stderr
     logs = [path for path in folder.rglob("*") if path.is_file()]

@@ -16,15 +16,24 @@ from typing import Any
 
 import pytest
 
-from search import __version__, ray_workers
-from search.config import load_study_file
+from search import __version__
+from search.config.study_file import load_study_file
 from search.errors import ConfigError, StorageError
 from search.interrupt import Interrupted, check_interrupted, held_back, interruptible
-from search.observer import Observer
-from search.opening import create
-from search.ray_actor import actor_class
-from search.ray_workers import MAX_DEATHS, RayOptions, WorkerError, _check_nodes, _cores, _Driver, _Slot
-from search.storage import StudyStore
+from search.running import ray_workers
+from search.running.launch import create
+from search.running.observer import Observer
+from search.running.ray_actor import actor_class
+from search.running.ray_workers import (
+    MAX_DEATHS,
+    RayOptions,
+    WorkerError,
+    _check_nodes,
+    _cores,
+    _Driver,
+    _Slot,
+)
+from search.storage.store import StudyStore
 from tests.conftest import Cli
 from tests.fault_table import Fault
 from tests.pico_study import write_study
@@ -165,7 +174,7 @@ def test_a_worker_ends_with_its_actor_and_gives_its_trial_back(
     url = f"sqlite:///{tmp_path / 'study.db'}"
     store, _ = create(load_study_file(study), url, "cpu")
     code = (
-        "import sys, json; from search.ray_actor import actor_class; actor = actor_class()(); "
+        "import sys, json; from search.running.ray_actor import actor_class; actor = actor_class()(); "
         "print(json.dumps(actor.begin(json.loads(sys.argv[1]))), flush=True); actor.wait()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from objectives.scoring import Scorer, plain_loglikelihoods
-from objectives.tasks import load_questions
-from search.config import SplitConfig, TaskConfig
+from objectives.questions.config import SplitConfig, TaskConfig
+from objectives.questions.tasks import load_questions
+from objectives.scoring.scorer import Scorer, plain_loglikelihoods
 from tests.scripts import STUDIES
 
 BUILD = STUDIES / "smollm2-135m" / "build"

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from objectives.generation import AnswerSampler, Decoding, encode_prompts
-from objectives.stopping import stopping
+from objectives.generation.sampler import AnswerSampler, Decoding, encode_prompts
+from objectives.generation.stopping import stopping
+from search.config.switching import Turns
 from search.errors import ConfigError, EvaluationError
-from search.switching.batch import INSERTED, Batch, Border, Start
 from search.switching.policies import Always, AtRandom, ByPrompt
 from search.switching.reader import CachedReader, PlainReader, make_reader
-from search.switching.relay import Relay, Relayed
-from search.switching.turns import Turns
+from search.switching.relay import Batch, Relay, Relayed
+from search.switching.response import INSERTED, Border, Start
 from tests.pico import ARCHS, pico_model, pico_tokenizer
 
 NAMES = ("pre", "supervised", "preferred")

@@ -23,23 +23,23 @@ from optuna.distributions import FloatDistribution
 from PIL import Image
 from scipy.stats import binomtest
 
-from objectives.evaluator import Evaluation
-from objectives.metrics import get_metric
+from objectives.evaluation import Evaluation
+from objectives.metrics.names import get_metric
 from objectives.outcomes import Floats, Outcomes
-from search.baselines import BASELINES
-from search.board import Board, read_board
 from search.errors import ConfigError, DiskError
-from search.evidence import EvidenceFolder
 from search.front import hypervolume
-from search.plots.coefficients import Scale, coefficient_grid, coefficients_figure
-from search.plots.front import front_figure, staircase
-from search.plots.history import hypervolume_figure, hypervolumes
-from search.plots.reliability import Panel, reliability_figure, wilson
-from search.plots.style import POST, PRE, Picture, render, render_svg
-from search.reading import read, report_is_scored
-from search.report import reliability_panels, write_report
-from search.space import Recipe
-from search.storage import StudyStore
+from search.merging.baselines import BASELINES
+from search.recipe import Recipe
+from search.results.board import Board, read_board
+from search.results.page import reliability_panels, write_report
+from search.results.plots.coefficients import Scale, coefficient_grid, coefficients_figure
+from search.results.plots.front import front_figure, staircase
+from search.results.plots.history import hypervolume_figure, hypervolumes
+from search.results.plots.reliability import Panel, reliability_figure, wilson
+from search.results.plots.style import POST, PRE, Picture, render, render_svg
+from search.results.remarks import read, report_is_scored
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
 from tests.pico import pico_model
 
 LAYERS = 4
@@ -259,8 +259,8 @@ def test_odd_studies_have_pictures_and_words(kind: str, tmp_path: Path) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without the time that drawing takes."""
-    monkeypatch.setattr("search.report.render", lambda figure: Picture(b"png", b"svg", 3.0))
-    monkeypatch.setattr("search.report.render_svg", lambda figure: b"svg")
+    monkeypatch.setattr("search.results.page.render", lambda figure: Picture(b"png", b"svg", 3.0))
+    monkeypatch.setattr("search.results.page.render_svg", lambda figure: b"svg")
 
 
 def pictures(board: Board, panels: Sequence[Panel]) -> list[Figure]:

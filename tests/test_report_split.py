@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from search.baselines import BASELINES
-from search.config import load_study_file
-from search.observer import Observer
-from search.opening import create
-from search.report_split import score_report_split, unreported
-from search.storage import StudyStore, TrialRecord
+from search.config.study_file import load_study_file
+from search.merging.baselines import BASELINES
+from search.running.launch import create
+from search.running.observer import Observer
+from search.running.report_split import score_report_split, unreported
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 from tests.fault_table import Fault
 from tests.pico_study import write_study

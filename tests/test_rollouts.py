@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from objectives.generation import AnswerSampler, Decoding, encode_prompts
-from objectives.matching import Rule, get_rule
-from objectives.stopping import stopping
+from objectives.generation.sampler import AnswerSampler, Decoding, encode_prompts
+from objectives.generation.stopping import stopping
+from objectives.questions.matching import Rule, get_rule
+from search.config.switching import Turns
 from search.errors import ConfigError
-from search.piece_store import PieceStore
+from search.storage.pieces import PieceStore
 from search.switching.classifier import fit_classifier
+from search.switching.classifier_switcher import ClassifierSwitcher, features_of
 from search.switching.labels import label
 from search.switching.policies import Always, AtRandom, ByPrompt
 from search.switching.reader import PlainReader
 from search.switching.relay import Relay
 from search.switching.rollouts import Asked, RolloutOptions, Rollouts, branch_seed, derived, roll
 from search.switching.router import scored, train_router
-from search.switching.switcher import ClassifierSwitcher, features_of
-from search.switching.turns import Turns
 from tests.pico import pico_model, pico_tokenizer
 from tests.rollout_process import QUESTIONS, rolled
 

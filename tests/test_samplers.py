@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from objectives.evaluator import Evaluation
-from objectives.metrics import get_metric
+from objectives.evaluation import Evaluation
+from objectives.metrics.names import get_metric
 from objectives.outcomes import Outcomes
+from search.config.sampler import OPTUNA_SAMPLERS, PYMOO_ALGORITHMS, SINGLE_OBJECTIVE, SamplerConfig
 from search.errors import ConfigError
-from search.gradient import LossGradient
-from search.sampler_config import OPTUNA_SAMPLERS, PYMOO_ALGORITHMS, SINGLE_OBJECTIVE, SamplerConfig
 from search.samplers import Engine, Sources, make_engine
-from search.storage import State, TrialRecord
+from search.samplers.gradient import LossGradient
+from search.storage.trials import State, TrialRecord
 
 GROUPS = ("embeddings", "layer.0.attention", "layer.0.mlp")
 BOUNDS = (-0.2, 1.2)

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from objectives.encoding import EncodedQuestion, encode_questions, max_length
-from objectives.packed import PackedModel
-from objectives.scoring import Scorer, plain_loglikelihoods
-from objectives.tasks import Question
-from objectives.tree_attention import Group, build_row, make_batch, pack, plan_groups
+from objectives.questions.questions import Question
+from objectives.scoring.encoding import EncodedQuestion, encode_questions, max_length
+from objectives.scoring.packed import PackedModel
+from objectives.scoring.scorer import Scorer, plain_loglikelihoods
+from objectives.scoring.tree_attention import Group, build_row, make_batch, pack, plan_groups
 from search.errors import ConfigError, EvaluationError
 from tests.pico import pico_model, pico_tokenizer
 
@@ -272,7 +272,7 @@ def test_batch_size_is_the_fastest(cost: Any, wanted: int, monkeypatch: pytest.M
     questions = some_questions(80, 2, False)
     scorer.loglikelihoods(questions[:2])
     monkeypatch.setattr(PackedModel, "read", timed)
-    monkeypatch.setattr("objectives.scoring.time.perf_counter", lambda: now)
+    monkeypatch.setattr("objectives.scoring.scorer.time.perf_counter", lambda: now)
     assert scorer.measure(questions) == scorer.batch_tokens == wanted
 
 

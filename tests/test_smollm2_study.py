@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from search.config import load_study_file
+from search.config.study_file import load_study_file
 
 STUDY = Path(__file__).parents[1] / "studies" / "smollm2-135m"
 MODULES = ("questions", "preference", "prepare")

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.config import MergeConfig, SpaceConfig
+from search.config.sections import MergeConfig, SpaceConfig
 from search.errors import ConfigError, MergeError
-from search.groups import places_of
-from search.space import CoefficientSpace, Recipe
+from search.merging.groups import places_of
+from search.merging.space import CoefficientSpace
+from search.recipe import Recipe
 from tests.pico import ARCHS, pico_model
 
 

@@ -13,24 +13,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from objectives.evaluator import Evaluation, Evaluator
-from objectives.metrics import METRIC_NAMES, Metric, get_metric
+from objectives.evaluation import Evaluation
+from objectives.evaluator import Evaluator
+from objectives.metrics.names import METRIC_NAMES, Metric, get_metric
 from objectives.outcomes import Outcomes
-from search.baselines import BASELINES
-from search.budget import set_budget, set_tokens
-from search.config import FidelityConfig, load_study_file
+from search.config.sections import FidelityConfig
+from search.config.study_file import load_study_file
 from search.errors import ConfigError, EvaluationError
-from search.evidence import EvidenceFolder
-from search.fidelity.estimating import Estimating
-from search.fidelity.predicting import Predicting
-from search.fidelity.stages import Answers, as_learnt
-from search.materials import Materials
-from search.observer import Observer
-from search.opening import create
+from search.merging.baselines import BASELINES
+from search.merging.space import UNIFORM_LINE
+from search.results.status import read_status
+from search.running.budget import set_budget, set_tokens
+from search.running.fidelity.estimating import Estimating
+from search.running.fidelity.predicting import Predicting
+from search.running.fidelity.stages import Answers, as_learnt
+from search.running.launch import create
+from search.running.observer import Observer
+from search.running.problem import Materials
 from search.samplers import Proposal
-from search.space import UNIFORM_LINE
-from search.status import read_status
-from search.storage import StudyStore, TrialRecord
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 from tests.conftest import Cli
 from tests.pico_study import write_study

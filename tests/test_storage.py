@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from search.database import connect, reserved, shown
 from search.errors import StorageError
-from search.worker import Worker, this_worker
+from search.storage.database import connect, reserved, shown
+from search.storage.worker import Worker, this_worker
 
 
 def test_worker_identity() -> None:

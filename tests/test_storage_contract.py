@@ -14,16 +14,16 @@ from typing import Any
 import optuna
 import pytest
 
-from search.database import exclusive, reserved
 from search.errors import StorageError
-from search.storage import StudyStore
-from search.worker import this_worker
+from search.storage.database import exclusive, reserved
+from search.storage.store import StudyStore
+from search.storage.worker import this_worker
 from tests.faults.stores import OBJECTIVES, UNIT, claim, new_store
 from tests.study_process import context, ended
 
 HOLDER = """
 import sys
-from search.database import reserved
+from search.storage.database import reserved
 with reserved(sys.argv[1], sys.argv[2]) as mine:
     print(mine, flush=True)
     sys.stdin.read()
@@ -113,7 +113,7 @@ class TestStorage:
     def test_more_trials_than_a_statement_takes(
         self, storage_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("search.trials.BATCH", 3)
+        monkeypatch.setattr("search.storage.trials.BATCH", 3)
         store = new_store(storage_url)
         for index in range(8):
             store.complete(claim(store, a=index / 10), [0.5, index / 10])
@@ -186,7 +186,7 @@ class TestStorage:
         number = claim(store)
         store.annotate(number, "worker", replace(this_worker(), host="elsewhere").to_json())
         clock = [100.0]
-        monkeypatch.setattr("search.storage.time.monotonic", lambda: clock[0])
+        monkeypatch.setattr("search.storage.store.time.monotonic", lambda: clock[0])
         with store.exclusive():
             assert store.adopt() is None
             clock[0] += 9
@@ -203,7 +203,7 @@ class TestStorage:
             assert store.adopt() is not None
 
     def test_beats_show_in_the_storage(self, storage_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("search.storage.BEAT_SECONDS", 0.01)
+        monkeypatch.setattr("search.storage.store.BEAT_SECONDS", 0.01)
         store = new_store(storage_url)
         number = claim(store)
         with store.beating(number):
@@ -217,7 +217,7 @@ class TestStorage:
         new_store(storage_url)
         code = f"""
 import os, sys
-from search.database import exclusive
+from search.storage.database import exclusive
 with exclusive({storage_url!r}):
     print("held", flush=True)
     sys.stdin.read(1)

@@ -13,21 +13,22 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from objectives.evaluator import Evaluation
-from search.baselines import BASELINES
-from search.budget import expected_trials, set_budget, set_tokens
-from search.config import load_study_file
+from objectives.evaluation import Evaluation
+from search.config.study_file import load_study_file
 from search.errors import DiskError
-from search.evidence import EvidenceFolder
 from search.interrupt import Interrupted, interruptible
-from search.materials import Materials
-from search.observer import Observer
-from search.opening import create
+from search.merging.baselines import BASELINES
+from search.results.status import read_status
+from search.running.budget import expected_trials, set_budget, set_tokens
+from search.running.launch import create
+from search.running.observer import Observer
+from search.running.problem import Materials
 from search.samplers import Proposal
-from search.status import read_status
-from search.storage import StudyStore, TrialRecord
-from search.study import front_of, run
-from search.worker import Worker
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord, front_of
+from search.storage.worker import Worker
+from search.study import run
 from tests.pico_study import write_study
 
 FIRST = len(BASELINES)
@@ -178,7 +179,7 @@ def test_idle_workers_leave_the_store_to_those_with_something_to_tell(
 
     def acting(act: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patched:
-            patched.setattr("search.storage.this_worker", lambda: other)
+            patched.setattr("search.storage.store.this_worker", lambda: other)
             return act()
 
     def look(self: StudyStore) -> bool:
@@ -237,7 +238,7 @@ def test_a_worker_draws_in_the_place_of_a_trial_that_fails_while_it_looks_whethe
                 recipe = materials.space.uniform(0.25)
                 attributes = {"method": recipe.method, "recipe": recipe.key}
                 with monkeypatch.context() as patched:
-                    patched.setattr("search.storage.this_worker", lambda: other)
+                    patched.setattr("search.storage.store.this_worker", lambda: other)
                     store.claim("search", recipe.coefficients, materials.distributions, attributes, {})
 
     monkeypatch.setattr("search.study.POLL_SECONDS", 0.01)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from search.baselines import BASELINES
-from search.board import read_board
-from search.budget import set_budget, set_tokens
-from search.config import load_study_file
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
-from search.opening import create, reopen
-from search.status import read_status
-from search.storage import StudyStore
+from search.merging.baselines import BASELINES
+from search.results.board import read_board
+from search.results.status import read_status
+from search.running.budget import set_budget, set_tokens
+from search.running.launch import create, reopen
+from search.storage.store import StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.pico_study import write_study
@@ -128,7 +128,7 @@ def test_processes_of_the_command_line_on_a_server(
     """`launch --workers 2` as users start it; nobody who lists processes or reads files finds the password."""
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "search.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "search.cli.main", *map(str, arguments)]
         environment = {**os.environ, "MERGEFRONT_STORAGE": postgresql_url}
         done = subprocess.run(
             command,

@@ -13,19 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.baselines import BASELINES
-from search.budget import set_budget
-from search.config import load_study_file
+from search.config.sampler import SamplerConfig
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
-from search.gradient import LossGradient
-from search.groups import places_of
-from search.opening import create
-from search.sampler_config import SamplerConfig
+from search.merging.baselines import BASELINES
+from search.merging.groups import places_of
+from search.merging.space import CoefficientSpace
+from search.running.budget import set_budget
+from search.running.launch import create
 from search.samplers import Engine, make_engine
 from search.samplers.coarse import first_blocks, from_tag, split, to_tag
+from search.samplers.gradient import LossGradient
 from search.samplers.subspace import Blocks, Knots, Moving, Subspace
-from search.space import CoefficientSpace
-from search.storage import StudyStore, TrialRecord
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 from tests.pico_study import write_study
 from tests.test_samplers import ALL, BOUNDS, LINE, Gradient, aims, config, sources

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.board_arms import RANDOM, ROUTER, SWITCH
-from search.config import StudyConfig, load_study_file
+from search.config.study_file import StudyConfig, load_study_file
 from search.errors import ConfigError
-from search.materials import Materials
+from search.results.arms import RANDOM, ROUTER, SWITCH
+from search.running.problem import Materials
 from search.switching.arms import Arms, check_arms
+from search.switching.arms_table import ORACLE, feasible, stand
 from search.switching.candidates import open_settings
 from search.switching.labels import label
-from search.switching.standing import ORACLE, feasible, stand
 from search.switching.train import Trained, groups_of, switching_of, taught, train
 from tests.pico import save_experts
 from tests.pico_switch import STUDY, questions

@@ -15,22 +15,22 @@ import numpy as np
 import pytest
 from matplotlib.text import Annotation
 
-from objectives.evaluator import Evaluation
-from search.board import read_board
-from search.board_arms import SWITCH, Arm, arm_key, stored_arms
-from search.config import load_study_file
+from objectives.evaluation import Evaluation
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
-from search.evidence import EvidenceFolder
-from search.merging.checkpoint import file_sha256
-from search.opening import create
-from search.picks import named_picks, pick
-from search.plots.front import front_figure
-from search.reading import read
-from search.report import reliability_panels, write_report
-from search.storage import StudyStore
+from search.results.arms import SWITCH, Arm, arm_key, stored_arms
+from search.results.board import read_board
+from search.results.front_table import front_table
+from search.results.page import reliability_panels, write_report
+from search.results.picks import named_picks, pick
+from search.results.plots.front import front_figure
+from search.results.remarks import read
+from search.running.launch import create
+from search.storage.evidence import EvidenceFolder
+from search.storage.files import file_sha256
+from search.storage.store import StudyStore
 from search.study import run as search
 from search.switching.arms import Arms
-from search.tables import front_table
 from tests.conftest import Cli
 from tests.pico import CHAT_TEMPLATE, pico_tokenizer, save_experts
 from tests.pico_switch import EVEN, STUDY, run

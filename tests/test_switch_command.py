@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from search.errors import ConfigError, ExportError, IncompatibleModelsError, MergefrontError
-from search.switching.answering import SwitchWriter
 from search.switching.folder import open_switcher, read_switcher
-from search.switching.writer import Piece
+from search.switching.writer import Piece, SwitchWriter
 from tests.pico import save_experts
 from tests.pico_switch import run, write_switch_study
 
@@ -41,8 +40,8 @@ def test_training_says_what_was_tried_and_is_stored(place: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_training_goes_on(place: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    command = [sys.executable, "-m", "search.cli", "switch", "train", str(place / "study.yaml")]
-    command = [sys.executable, "-c", "from search.cli import main; main()", *command[3:]]
+    command = [sys.executable, "-m", "search.cli.main", "switch", "train", str(place / "study.yaml")]
+    command = [sys.executable, "-c", "from search.cli.main import main; main()", *command[3:]]
     options = [
         "--out",
         str(tmp_path / "out"),
@@ -180,7 +179,7 @@ def test_folders_that_are_not_what_they_were(place: Path, tmp_path: Path) -> Non
 
 def test_a_switcher_does_not_make_another_study(place: Path) -> None:
     """The section says nothing about merges: a study that was launched without it goes on with it."""
-    from search.config import differences, load_study_file
+    from search.config.study_file import differences, load_study_file
 
     with_it = load_study_file(place / "study.yaml")
     without = load_study_file(place / "study.yaml", ["switching="])

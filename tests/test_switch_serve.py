@@ -16,11 +16,10 @@ import openai
 import pytest
 
 from search.errors import ConfigError
-from search.switching.answering import SwitchWriter
 from search.switching.command import serve_folder
 from search.switching.folder import open_switcher
 from search.switching.serving import server
-from search.switching.writer import Piece
+from search.switching.writer import Piece, SwitchWriter
 from tests.pico_switch import run, write_switch_study
 from tests.serving_writer import ScriptedWriter, serving
 from tests.test_serving import ask, client, error
@@ -35,7 +34,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def started(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", "from search.cli import main; main()", "switch", "serve", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        "from search.cli.main import main; main()",
+        "switch",
+        "serve",
+        str(folder),
+    ]
     process = subprocess.Popen(
         [*command, "--port", "0", "--device", "cpu", *options],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
@@ -154,7 +160,7 @@ def test_a_signal_while_models_load(place: Path) -> None:
     program = (
         "import time, sys; import search.switching.command as c; "
         "c.open_switcher = lambda *a: (print('loading', file=sys.stderr, flush=True), time.sleep(60)); "
-        "from search.cli import main; main()"
+        "from search.cli.main import main; main()"
     )
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         command = [sys.executable, "-c", program, "switch", "serve", str(place / "switcher"), "--port", "0"]

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from search.errors import ConfigError
-from search.switching.answering import SwitchWriter
-from search.switching.asking import Asking
-from search.switching.brains import AskedBrain
+from search.switching.asked_switcher import Asking
 from search.switching.folder import Opened, open_switcher
-from search.switching.writer import Piece
+from search.switching.learned import AskedBrain
+from search.switching.writer import Piece, SwitchWriter
 from tests.pico import pico_model
 from tests.pico_switch import run, write_switch_study
 

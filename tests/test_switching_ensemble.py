@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from objectives.generation import AnswerSampler, Decoding
+from objectives.generation.sampler import AnswerSampler, Decoding
 from search.errors import ConfigError, EvaluationError
 from search.switching.ensemble import Ensemble, average, contrast, contrastive, logit_average
 from tests.pico import ARCHS, pico_model, pico_tokenizer

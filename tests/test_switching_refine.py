@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from objectives.generation import AnswerSampler, Decoding, encode_prompts
+from objectives.generation.sampler import AnswerSampler, Decoding, encode_prompts
 from search.errors import ConfigError
 from search.switching import refine as module
 from search.switching.refine import TEMPLATE, Refined, refine

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from objectives.matching import get_rule
+from objectives.questions.matching import get_rule
 from search.errors import ConfigError, EvaluationError, MergefrontError
 from search.switching.labels import label
 from search.switching.router import scored, train_router

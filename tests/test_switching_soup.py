@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from search.checkpoints.parents import Parents
 from search.errors import ConfigError, EvaluationError, MergeError
 from search.merging.live import LiveModel
 from search.merging.methods.dare import merge_dare_ties
-from search.merging.parents import Parents
 from search.switching.soup import dare_ties_blend, greedy_soup, soup_blend
 from tests.pico import save_experts, save_pair
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from objectives.presets import PRESETS
-from objectives.tasks import Question, QuestionSet, load_questions, task_names
-from search.config import SplitConfig, TaskConfig
+from objectives.questions.config import SplitConfig, TaskConfig
+from objectives.questions.presets import PRESETS
+from objectives.questions.questions import Question, QuestionSet
+from objectives.questions.tasks import load_questions, task_names
 from search.errors import ConfigError
 from tests.pico import pico_tokenizer
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from search.board import read_board
 from search.errors import CheckpointError, ConfigError, ExportError, StorageError
-from search.manifest import MANIFEST, read_manifest, write_manifest
-from search.storage import StudyStore
-from search.verify import verify_folder
+from search.export.verify import verify_folder
+from search.results.board import read_board
+from search.storage.manifest import MANIFEST, read_manifest, write_manifest
+from search.storage.store import StudyStore
 from tests.export_process import exported, made_study
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from search.baselines import BASELINES
-from search.config import load_study_file
+from search.config.sampler import SamplerConfig
+from search.config.study_file import load_study_file
 from search.errors import ConfigError
-from search.opening import create
-from search.sampler_config import SamplerConfig
+from search.merging.baselines import BASELINES
+from search.running.launch import create
 from search.samplers import Engine, make_engine
-from search.storage import StudyStore, TrialRecord
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 from tests.pico_study import write_study
 from tests.test_samplers import BOUNDS, GROUPS, LINE, config, record, sources

@@ -13,14 +13,17 @@ import torch
 
 from objectives.calibrators.logits import OptionLogits
 from objectives.calibrators.methods import fit
-from objectives.evaluator import Evaluation, Evaluator, questions_digest
-from objectives.generation import AnswerSampler, Decoding
-from objectives.matching import get_rule
-from objectives.metrics import get_metric
-from objectives.scoring import Scorer
-from objectives.tasks import Question, QuestionSet, WrittenQuestion, load_questions
-from objectives.written import evaluate_texts
-from search.config import SplitConfig, TaskConfig, parse_study
+from objectives.evaluation import Evaluation, questions_digest
+from objectives.evaluator import Evaluator
+from objectives.generation.sampler import AnswerSampler, Decoding
+from objectives.generation.written import evaluate_texts
+from objectives.metrics.names import get_metric
+from objectives.questions.config import SplitConfig, TaskConfig
+from objectives.questions.matching import get_rule
+from objectives.questions.questions import Question, QuestionSet, WrittenQuestion
+from objectives.questions.tasks import load_questions
+from objectives.scoring.scorer import Scorer
+from search.config.study_file import parse_study
 from search.errors import ConfigError, EvaluationError
 from tests.pico import CHAT_TEMPLATE, pico_model, pico_tokenizer
 from tests.pico_study import write_open_questions, write_questions

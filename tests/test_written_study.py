@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from objectives.generation import AnswerSampler, Decoding
-from objectives.matching import get_rule
-from objectives.metrics import get_metric
+from objectives.generation.sampler import AnswerSampler, Decoding
+from objectives.metrics.names import get_metric
 from objectives.outcomes import Outcomes
-from objectives.questions import WrittenQuestion, closed, written
-from search.alternatives import Scores
-from search.baselines import BASELINES
-from search.board import read_board
-from search.calibrate import calibrate_board
-from search.config import load_study_file
+from objectives.questions.matching import get_rule
+from objectives.questions.questions import WrittenQuestion, closed, written
+from search.config.study_file import load_study_file
 from search.errors import ConfigError, ExportError
-from search.evidence import EvidenceFolder
-from search.opening import create, reopen
-from search.storage import StudyStore
+from search.export.calibrate import calibrate_board
+from search.export.verify import verify_folder
+from search.merging.baselines import BASELINES
+from search.results.alternatives import Scores
+from search.results.board import read_board
+from search.running.launch import create, reopen
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
 from search.study import run
-from search.verify import verify_folder
 from tests.conftest import Cli
 from tests.export_process import exported
 from tests.pico_study import write_open_questions, write_study
@@ -152,14 +152,16 @@ def test_an_exported_merge_writes_the_stored_answers_again(url: str, tmp_path: P
 def test_another_checkpoint_writes_other_answers(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import search.verify
+    import search.export.verify
 
     folder = exported(url, tmp_path / "out", 0)
-    model, said = search.verify._loaded(folder / "model", "float32")
+    model, said = search.export.verify._loaded(folder / "model", "float32")
     for parameter in model.parameters():
         parameter.data.mul_(-1.0)
-    monkeypatch.setattr(search.verify, "_loaded", lambda *_: (model, said))
-    monkeypatch.setattr(search.verify, "TOLERANCE", {"float32": (1e9, 0.0)})  # options would say it first
+    monkeypatch.setattr(search.export.verify, "_loaded", lambda *_: (model, said))
+    monkeypatch.setattr(
+        search.export.verify, "TOLERANCE", {"float32": (1e9, 0.0)}
+    )  # options would say it first
     with pytest.raises(
         ExportError, match=r"search split: \d+ of 12 written questions are answered otherwise"
     ):

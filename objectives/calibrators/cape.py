@@ -13,10 +13,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from objectives.errors import ConfigError, EvaluationError
 from objectives.outcomes import Integers, Outcomes
-from objectives.presets import LETTERS
-from objectives.tasks import Question
-from search.errors import ConfigError, EvaluationError
+from objectives.questions.presets import LETTERS
+from objectives.questions.questions import Question
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,8 @@ from objectives.calibrators.fitted import FittedTemperature
 from objectives.calibrators.logits import LayerwiseLogits, require_same_questions
 from objectives.calibrators.solver import grid_minimum
 from objectives.calibrators.tempering import entropy, jensen_shannon, tempered
+from objectives.errors import ConfigError
 from objectives.outcomes import Floats, Integers
-from search.errors import ConfigError
 
 
 def dual_align(

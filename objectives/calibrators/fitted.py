@@ -11,8 +11,8 @@ import numpy as np
 from objectives.calibrators.logits import OptionLogits
 from objectives.calibrators.solver import Curve
 from objectives.calibrators.tempering import tempered
+from objectives.errors import EvaluationError
 from objectives.outcomes import Outcomes
-from search.errors import EvaluationError
 
 
 @dataclass(frozen=True)

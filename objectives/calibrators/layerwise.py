@@ -1,6 +1,7 @@
 """The option scores of a model after every decoder layer, from one forward pass.
 
-While a token tree passes through the model (`objectives/packed.py`), a hook on each decoder layer takes its output at
+While a token tree passes through the model (`objectives/scoring/packed.py`), a hook on each decoder layer takes its
+output at
 the positions that predict an option's token, passes it through the final norm and the head at once, and keeps the
 log-probability of that token: one number for each layer, option and token. No hidden state outlives its layer.
 
@@ -23,17 +24,18 @@ from torch import Tensor, nn
 
 from objectives.calibrators.logits import LayerwiseLogits, OptionLogits, vocabulary_digest
 from objectives.calibrators.tempering import tempered
-from objectives.encoding import EncodedQuestion
-from objectives.evaluator import divisors, questions_digest
+from objectives.errors import ConfigError, EvaluationError
+from objectives.evaluation import Progress, divisors, questions_digest
 from objectives.outcomes import Booleans, Floats, Integers
-from objectives.packed import HEAD_VALUES, PackedModel
-from objectives.scoring import Progress, Scorer
-from objectives.tree_attention import Batch, Group, pack
-from search.errors import ConfigError, EvaluationError
+from objectives.scoring.encoding import EncodedQuestion
+from objectives.scoring.packed import HEAD_VALUES, PackedModel
+from objectives.scoring.scorer import Scorer
+from objectives.scoring.tree_attention import Batch, Group, pack
 
 if TYPE_CHECKING:
-    from objectives.tasks import Question
-    from search.config import TaskConfig
+    from objectives.questions.config import TaskConfig
+    from objectives.questions.questions import Question
+
 
 T = TypeVar("T")
 

@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from objectives.calibrators.tempering import tempered
+from objectives.errors import ConfigError, EvaluationError
 from objectives.outcomes import Booleans, Floats, Integers, Outcomes
-from search.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
-    from objectives.evaluator import Evaluation
+    from objectives.evaluation import Evaluation
+
 
 Index = npt.NDArray[Any] | Sequence[int]
 

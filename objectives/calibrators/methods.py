@@ -12,8 +12,8 @@ from objectives.calibrators.dual_align import dual_align
 from objectives.calibrators.fitted import FittedTemperature
 from objectives.calibrators.logits import LayerwiseLogits, OptionLogits
 from objectives.calibrators.temperature import temperature_scaling, vanilla
+from objectives.errors import ConfigError
 from objectives.outcomes import Booleans
-from search.errors import ConfigError
 
 Logits = OptionLogits | LayerwiseLogits
 

@@ -7,7 +7,7 @@ import numpy as np
 from objectives.calibrators.alignment import align
 from objectives.calibrators.fitted import FittedTemperature
 from objectives.calibrators.logits import OptionLogits, require_questions_to_fit
-from search.errors import EvaluationError
+from objectives.errors import EvaluationError
 
 
 def vanilla(post: OptionLogits) -> FittedTemperature:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from objectives.errors import ConfigError, EvaluationError
 from objectives.outcomes import Floats, Integers
-from search.errors import ConfigError, EvaluationError
 
 LOGIT_LIMIT = 30.0  # a probability is never closer to 0 or 1 than 1e-13
 

@@ -22,9 +22,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from objectives.errors import ConfigError, EvaluationError
 from objectives.estimators.irt import Items, fit_ability, fit_mixture, observed
 from objectives.outcomes import Floats
-from search.errors import ConfigError, EvaluationError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from objectives.errors import ConfigError
 from objectives.outcomes import Floats, Integers
-from search.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)

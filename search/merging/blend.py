@@ -18,8 +18,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from objectives.printable import shown
+from search.checkpoints.parents import Parents
+from search.config.methods import OPTIONS, Method, get_method
 from search.errors import MergeError
-from search.merging.header import shown
 from search.merging.mask_order import mask_order
 from search.merging.methods.breadcrumbs import merge_breadcrumbs, merge_breadcrumbs_ties
 from search.merging.methods.dare import merge_dare_linear, merge_dare_ties
@@ -31,10 +33,8 @@ from search.merging.methods.multislerp import multislerp_weights
 from search.merging.methods.slerp import angle, slerp_weights
 from search.merging.methods.sparsify import magnitude_ranks
 from search.merging.methods.sphere import Array, gram
-from search.merging.methods.table import OPTIONS, Method, get_method
 from search.merging.methods.task_arithmetic import merge_task_arithmetic
 from search.merging.methods.ties import merge_ties
-from search.merging.parents import Parents
 
 # Of a weighted sum: of pre and of every expert, the numbers of a mergekit `linear` config with `normalize: false`.
 # Of a kernel: of every expert.

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from search.checkpoints.checkpoint import dtype_name
+from search.checkpoints.loading import load_model
+from search.checkpoints.parents import Parents
+from search.checkpoints.placement import place
 from search.errors import CheckpointError, MergeError
 from search.merging.blend import Blend, merging
-from search.merging.checkpoint import dtype_name
-from search.merging.loading import load_model
-from search.merging.parents import Parents
-from search.merging.placement import place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from objectives.printable import shown
 from search.errors import MergeError
-from search.merging.header import shown
 
 
 def mask_order(stored: Sequence[Collection[str]], tied: Mapping[str, str]) -> tuple[str, ...]:

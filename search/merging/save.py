@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
+from objectives.printable import shown
+from search.checkpoints.checkpoint import Checkpoint, dtype_name
+from search.checkpoints.layout import empty_model, load_config, read_layout
+from search.checkpoints.parents import Parents
+from search.checkpoints.writing import SHARD_BYTES, TAGALONG, save_tensors
 from search.errors import CheckpointError
 from search.merging.blend import Blend, merge_order, merging
-from search.merging.checkpoint import Checkpoint, dtype_name
-from search.merging.header import shown
-from search.merging.layout import empty_model, load_config, read_layout
-from search.merging.parents import Parents
-from search.merging.writing import SHARD_BYTES, TAGALONG, save_tensors
 
 
 @torch.no_grad()

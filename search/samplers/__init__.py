@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 
-from objectives.metrics import Metric
-from search.sampler_config import SamplerConfig
+from objectives.metrics.names import Metric
+from search.config.sampler import SamplerConfig
+from search.merging.space import UNIFORM_LINE
 from search.samplers.engine import Engine, Proposal, Sources, WeightedGradient
 from search.samplers.subspace import Knots, MakeGradient, Moving, SubspaceEngine
-from search.space import UNIFORM_LINE
 
 __all__ = ["Engine", "Proposal", "Sources", "WeightedGradient", "make_engine"]
 

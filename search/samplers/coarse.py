@@ -22,14 +22,15 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, create_trial
 
-from search.groups import places_of
+from search.merging.groups import places_of
 from search.samplers.engine import Engine, Proposal
 from search.samplers.subspace import Blocks, Build, MakeGradient, SubspaceEngine
-from search.storage import TrialRecord
+from search.storage.trials import TrialRecord
 
 if TYPE_CHECKING:
-    from search.gradient import LossGradient
     from search.samplers.engine import WeightedGradient
+    from search.samplers.gradient import LossGradient
+
 
 Floats = NDArray[np.float64]
 Partition = tuple[tuple[int, ...], ...]  # blocks of indices of groups, by their first index

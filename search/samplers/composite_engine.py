@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from objectives.evaluator import Evaluation
-from objectives.metrics import Metric
+from objectives.evaluation import Evaluation
+from objectives.metrics.names import Metric
 from objectives.outcomes import Outcomes
-from search.answers import AnswersModel, predicted_outcomes, relative_scores
-from search.baselines import PARENTS
+from search.config.sampler import SamplerConfig
 from search.front import hypervolume_batch, non_dominated, worst_corner
-from search.sampler_config import SamplerConfig
+from search.merging.baselines import PARENTS
+from search.samplers.answers_model import AnswersModel, predicted_outcomes, relative_scores
 from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
-from search.storage import TrialRecord
+from search.storage.trials import TrialRecord
 
 STARTUP = 4  # the baselines show one direction only
 POPULATION = 40  # of NSGA-II on the model

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from search.storage import TrialRecord
+from search.storage.trials import TrialRecord
 
 if TYPE_CHECKING:
-    from objectives.diversity import DiversityMetric
-    from objectives.evaluator import Evaluation
-    from objectives.metrics import Metric
-    from search.gradient import LossGradient
+    from objectives.evaluation import Evaluation
+    from objectives.metrics.diversity import DiversityMetric
+    from objectives.metrics.names import Metric
+    from search.samplers.gradient import LossGradient
 
 
 @dataclass(frozen=True)

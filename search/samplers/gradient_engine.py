@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.sampler_config import SamplerConfig
+from search.config.sampler import SamplerConfig
 from search.samplers.engine import Engine, Proposal, WeightedGradient, seed_of
-from search.storage import TrialRecord
-from search.trials import PROPOSAL_TOKENS
+from search.storage.trials import PROPOSAL_TOKENS, TrialRecord
 
 STEPS = 8
 RATE = 0.2

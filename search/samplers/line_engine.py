@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from search.merging.space import UNIFORM_LINE
 from search.samplers.engine import Engine, Proposal
-from search.space import UNIFORM_LINE
-from search.storage import TrialRecord
+from search.storage.trials import TrialRecord
 
 
 class LineEngine(Engine):

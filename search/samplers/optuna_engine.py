@@ -29,10 +29,10 @@ from optuna.samplers import (
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from search.config.sampler import SamplerConfig
 from search.errors import ConfigError
-from search.sampler_config import SamplerConfig
 from search.samplers.engine import Engine, Proposal, seed_of, sobol_point
-from search.storage import State, TrialRecord
+from search.storage.trials import State, TrialRecord
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # a mirror of a study is no news
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.sampler_config import SamplerConfig
+from search.config.sampler import SamplerConfig
 from search.samplers.engine import Engine, Proposal, seed_of
-from search.storage import TrialRecord
+from search.storage.trials import TrialRecord
 
 POPULATION = 16
 _GENERATION = "mergefront:generation"

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.groups import BETWEEN, places_of, split_name
+from search.merging.groups import BETWEEN, places_of, split_name
 from search.samplers.engine import Engine, Proposal, WeightedGradient
-from search.storage import TrialRecord
+from search.storage.trials import TrialRecord
 
 if TYPE_CHECKING:
-    from search.gradient import LossGradient
+    from search.samplers.gradient import LossGradient
+
 
 Floats = NDArray[np.float64]
 MakeGradient = Callable[[], WeightedGradient]

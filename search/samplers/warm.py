@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from search.samplers.engine import Engine, Proposal
-from search.storage import TrialRecord
+from search.storage.trials import TrialRecord
 
 _WARM = "mergefront:warm"
 

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from search.checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from search.checkpoints.layout import load_config, read_layout
+from search.checkpoints.loading import load_model
+from search.checkpoints.lora import Adapter
+from search.checkpoints.placement import place
+from search.config.switching import LoraOptions
 from search.errors import CheckpointError, ConfigError, MergeError, MergefrontError
-from search.merging.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_json
-from search.merging.layout import load_config, read_layout
-from search.merging.loading import load_model
-from search.merging.lora import Adapter
-from search.merging.placement import place
-from search.switching.lora_options import LoraOptions
+from search.storage.files import read_json
 
 Collect = Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]
 

@@ -23,26 +23,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from objectives.evaluator import Evaluation, questions_digest
-from objectives.generation import AnswerSampler
-from objectives.matching import get_rule
-from objectives.questions import written
-from objectives.written import evaluate_texts
-from search.board_arms import ARMS, AVERAGE, CONTRASTIVE, DARE, RANDOM, REFINE, ROUTER, SOUP, UNTRAINED
-from search.config import StudyConfig
+from objectives.evaluation import Evaluation, questions_digest
+from objectives.generation.sampler import AnswerSampler
+from objectives.generation.written import evaluate_texts
+from objectives.questions.matching import get_rule
+from objectives.questions.questions import Split, written
+from search.config.study_file import StudyConfig
 from search.errors import ConfigError
-from search.materials import Materials, Split
-from search.switching.batch import Policy, Start
-from search.switching.brains import AskedBrain
+from search.results.arms import ARMS, AVERAGE, CONTRASTIVE, DARE, RANDOM, REFINE, ROUTER, SOUP, UNTRAINED
+from search.running.problem import Materials
+from search.switching.arms_cache import Draft, Kept, Texts
 from search.switching.candidates import Setting
+from search.switching.classifier_switcher import features_of
 from search.switching.ensemble import contrastive, logit_average
-from search.switching.kept import Draft, Kept, Texts
+from search.switching.learned import AskedBrain
 from search.switching.policies import Always, AtRandom, ByPrompt
 from search.switching.refine import refine
+from search.switching.response import Policy, Start
 from search.switching.rollouts import branch_seed, derived
 from search.switching.router import Router, scored, train_router
 from search.switching.soup import Soup, dare_ties_blend, greedy_soup, soup_blend
-from search.switching.switcher import features_of
 from search.switching.train import groups_of, options_of, switching_of, taught
 
 Floats = npt.NDArray[np.float64]

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from objectives.generation import Decoding, encode_prompts
-from objectives.matching import get_rule
-from objectives.questions import QuestionSet, WrittenQuestion, written
-from objectives.stopping import stopping
+from objectives.generation.sampler import Decoding, encode_prompts
+from objectives.generation.stopping import stopping
+from objectives.questions.config import TaskConfig
+from objectives.questions.matching import get_rule
+from objectives.questions.questions import QuestionSet, Split, WrittenQuestion, written
+from search.checkpoints.loading import load_model
+from search.checkpoints.parents import Parents
+from search.checkpoints.placement import SPREAD, place
+from search.config.switching import Turns
 from search.errors import CheckpointError, ConfigError
-from search.materials import Materials, Split
-from search.merging.loading import load_model
-from search.merging.parents import Parents
-from search.merging.placement import SPREAD, place
+from search.running.problem import Materials
 from search.switching.relay import Relay
 from search.switching.rollouts import Asked
-from search.switching.turns import Turns
-from search.task_config import TaskConfig
 
 
 def load_candidates(parents: Parents, dtype: str, device: str) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from objectives.prompts import read_prompt_file
-from search.alternatives import SPLITS
-from search.board_arms import SWITCH
+from objectives.questions.prompts import read_prompt_file
 from search.errors import ConfigError
-from search.manifest import MANIFEST
-from search.merging.checkpoint import file_sha256
-from search.switching.answering import SwitchWriter
+from search.results.alternatives import SPLITS
+from search.results.arms import SWITCH
+from search.storage.files import file_sha256
+from search.storage.manifest import MANIFEST
 from search.switching.folder import (
     SWITCHER,
     check_same,
@@ -27,11 +26,13 @@ from search.switching.folder import (
     read_brain,
     read_switcher,
 )
+from search.switching.writer import SwitchWriter
 
 if TYPE_CHECKING:
-    from search.config import StudyConfig
-    from search.materials import Split
-    from search.switching.standing import Standing
+    from objectives.questions.questions import Split
+    from search.config.study_file import StudyConfig
+    from search.switching.arms_table import Standing
+
 
 logger = logging.getLogger("mergefront")
 
@@ -56,12 +57,12 @@ def compare_arms(
         ConfigError: no such arm, or a study with options. IncompatibleModelsError: the switcher was trained with other
             candidates. Others as `read_switcher`, `Materials.open`, `Boarding`.
     """
-    from search.materials import Materials
+    from search.running.problem import Materials
     from search.switching.arms import Arms, check_arms
-    from search.switching.boarding import Boarding
+    from search.switching.arms_cache import Kept
+    from search.switching.arms_on_board import Boarding
+    from search.switching.arms_table import feasible, stand
     from search.switching.candidates import open_settings
-    from search.switching.kept import Kept
-    from search.switching.standing import feasible, stand
     from search.switching.train import switching_of
 
     check_arms(config)

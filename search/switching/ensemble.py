@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from objectives.encoding import max_length
-from objectives.generation import new_cache
+from objectives.generation.sampler import new_cache
+from objectives.scoring.encoding import max_length
 from search.errors import ConfigError
 
 # Float32 logits `(..., v)` of each member, on one device -> those of all together; constants of a row do not matter.

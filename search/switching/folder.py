@@ -13,21 +13,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from objectives.printable import shown
+from objectives.questions.config import GenerateConfig, Section
 from search import __version__
+from search.checkpoints.parents import Parents
+from search.config.switching import SwitchingConfig
 from search.errors import CheckpointError, ConfigError, ExportError, IncompatibleModelsError
-from search.manifest import read_manifest, write_manifest
-from search.materials import Materials
-from search.merging.checkpoint import read_json
-from search.merging.header import shown
-from search.merging.parents import Parents
-from search.model_card import cell_text, licences_said, render
-from search.sections import Section
-from search.staging import lone_folder
-from search.switching.brains import ADAPTER, AskedBrain, Brain, ClassifierBrain
+from search.export.model_card import cell_text, licences_said, render
+from search.running.problem import Materials
+from search.storage.files import read_json
+from search.storage.manifest import read_manifest, write_manifest
+from search.storage.staging import lone_folder
 from search.switching.candidates import Setting, load_candidates
-from search.switching.config import SwitchingConfig
+from search.switching.learned import ADAPTER, AskedBrain, Brain, ClassifierBrain
 from search.switching.train import Trained, switching_of
-from search.task_config import GenerateConfig
 
 SWITCHER = "switcher.json"
 FORMAT = "mergefront-switcher-1"
@@ -158,7 +157,7 @@ def open_switcher(folder: Path, moved: Mapping[str, str] | None = None, device: 
         ExportError: see `read_switcher`. ConfigError: `moved` names no candidate.
         CheckpointError, IncompatibleModelsError: a candidate cannot be read, or is not the one it was trained with.
     """
-    from search.merging.placement import choose_device
+    from search.checkpoints.placement import choose_device
 
     about = read_switcher(folder)
     names = list(about.candidates)

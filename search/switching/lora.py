@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from objectives.encoding import max_length
+from objectives.scoring.encoding import max_length
+from search.config.switching import LoraOptions
 from search.errors import ConfigError, EvaluationError
 from search.switching.adapter import adapted, save_adapter
-from search.switching.asking import Asking, asked_logits, digit_logits
-from search.switching.batch import Start
-from search.switching.lora_options import LoraOptions
+from search.switching.asked_switcher import Asking, asked_logits, digit_logits
 from search.switching.reader import Tokens
+from search.switching.response import Start
 
 BATCH_ROWS = 8  # rows that are in memory at once, with all that their gradients need
 

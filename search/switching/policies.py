@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from objectives.generation import uniforms
-from search.switching.batch import Border, Response
+from objectives.generation.sampler import uniforms
 from search.switching.reader import Integers, Tokens
+from search.switching.response import Border, Response
 
 
 @dataclass(frozen=True)

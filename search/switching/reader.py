@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from objectives.masks import Masks, Unmaskable
+from objectives.scoring.masks import Masks, Unmaskable
 
 Integers = npt.NDArray[np.int64]
 Tokens = tuple[int, ...]

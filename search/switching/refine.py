@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from objectives.encoding import max_length
-from objectives.generation import BATCH_ROWS, AnswerSampler, Decoding, encode_prompts
+from objectives.generation.sampler import BATCH_ROWS, AnswerSampler, Decoding, encode_prompts
+from objectives.scoring.encoding import max_length
 from search.errors import ConfigError
 
 # {prompt} stands last, so that an answer follows it as it does without drafts, also from a model that only continues

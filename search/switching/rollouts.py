@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from objectives.generation import uniforms
-from objectives.matching import Rule
+from objectives.generation.sampler import uniforms
+from objectives.questions.matching import Rule
 from search.errors import ConfigError, EvaluationError
-from search.piece_store import PieceStore
-from search.switching.batch import Cost, Response, Start
+from search.storage.pieces import PieceStore
 from search.switching.policies import Always, AtRandom
 from search.switching.reader import Tokens
 from search.switching.relay import Relay
+from search.switching.response import Cost, Response, Start
 
 CHUNK = 16  # questions a piece: what a killed job loses at most
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from objectives.matching import Rule
+from objectives.questions.matching import Rule
 from search.errors import ConfigError, EvaluationError
 from search.switching.classifier import Classifier, fit_classifier
 from search.switching.labels import Labels, label
@@ -102,7 +102,7 @@ def scored(
     Raises:
         EvaluationError: lengths that differ.
 
-    >>> from objectives.matching import get_rule
+    >>> from objectives.questions.matching import get_rule
     >>> scored([["Rome.", "Paris"]], [("rome",)], [get_rule("exact")]).tolist()
     [[1.0, 0.0]]
     """

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from search.checkpoints.parents import Parents
 from search.errors import ConfigError, EvaluationError, MergeError
 from search.merging.blend import Blend, make_blend
-from search.merging.parents import Parents
 
 DENSITY = 0.5
 

@@ -14,21 +14,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from objectives.matching import get_rule
+from objectives.questions.matching import get_rule
+from search.config.switching import SwitchingConfig
 from search.errors import ConfigError
-from search.materials import Materials
-from search.piece_store import PieceStore
-from search.switching.asking import Asking
-from search.switching.batch import Cost, Start
-from search.switching.brains import AskedBrain, Brain, ClassifierBrain
+from search.running.problem import Materials
+from search.storage.pieces import PieceStore
+from search.switching.asked_switcher import Asking
 from search.switching.candidates import Setting
 from search.switching.classifier import PENALTIES, fit_classifier, penalty_losses
-from search.switching.config import SwitchingConfig
+from search.switching.classifier_switcher import features_of
 from search.switching.labels import Labels, label
+from search.switching.learned import AskedBrain, Brain, ClassifierBrain
 from search.switching.lora import Watch as LoraWatch
 from search.switching.lora import train_lora
+from search.switching.response import Cost, Start
 from search.switching.rollouts import Asked, RolloutOptions, derived, roll
-from search.switching.switcher import features_of
 
 FOLDS = 5
 

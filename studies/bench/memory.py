@@ -20,7 +20,7 @@ def peak(command: Sequence[str], folder: Path) -> int:
     """
     with (folder / "output.txt").open("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "search.cli", *command], stdout=output, stderr=output
+            [sys.executable, "-m", "search.cli.main", *command], stdout=output, stderr=output
         )
         largest = 0
         while process.poll() is None:

@@ -25,19 +25,22 @@ from typing import Any, NoReturn, cast
 import numpy as np
 from optuna.distributions import FloatDistribution, distribution_to_json
 
-from objectives.evaluator import Evaluation
-from objectives.metrics import Metric
+from objectives.evaluation import Evaluation
+from objectives.metrics.names import Metric
 from objectives.outcomes import Outcomes
-from search.baselines import BASELINES
-from search.config import parse_study
-from search.groups import Group
-from search.materials import Materials, Split
-from search.observer import Observer, Step
+from objectives.questions.questions import Split
+from search.config.study_file import parse_study
+from search.merging.baselines import BASELINES
+from search.merging.groups import Group
+from search.merging.space import CoefficientSpace
+from search.recipe import Recipe
+from search.running.observer import Observer, Step
+from search.running.problem import Materials
 from search.samplers import Engine, Proposal, Sources, make_engine
-from search.space import CoefficientSpace, Recipe
-from search.storage import StudyStore, TrialRecord
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
+from search.storage.worker import this_worker
 from search.study import run
-from search.worker import this_worker
 
 Clock = Callable[[], float]
 

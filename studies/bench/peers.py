@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from search.mergekit_config import config_text
+from search.checkpoints.parents import Parents
 from search.merging.blend import Blend
-from search.merging.parents import Parents
+from search.merging.mergekit_config import config_text
 
 Pairs = tuple[tuple[str, str], ...]
 

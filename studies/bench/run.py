@@ -31,8 +31,8 @@ import merge
 import overhead
 import scoring
 
+from search.checkpoints.parents import Parents
 from search.merging.live import LiveModel
-from search.merging.parents import Parents
 
 HERE = Path(__file__).parent
 PAIR = HERE.parent / "smollm2-135m"

@@ -14,10 +14,12 @@ import peers
 import torch
 from timing import Ratio, seconds
 
-from objectives.evaluator import Evaluation, Evaluator
-from objectives.scoring import Scorer
-from objectives.tasks import Question, load_questions
-from search.config import SplitConfig, TaskConfig
+from objectives.evaluation import Evaluation
+from objectives.evaluator import Evaluator
+from objectives.questions.config import SplitConfig, TaskConfig
+from objectives.questions.questions import Question
+from objectives.questions.tasks import load_questions
+from objectives.scoring.scorer import Scorer
 from search.merging.blend import Blend, make_blend
 from search.merging.live import LiveModel
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from search.plots import style
+from search.results.plots import style
 
 # Okabe and Ito (2008), and a grey.
 COLOURS = {

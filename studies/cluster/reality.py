@@ -16,10 +16,10 @@ import sqlalchemy
 from service import fresh
 from surrogate import SimulatedMaterials
 
-from search.database import sqlite_path
-from search.observer import Observer
-from search.opening import create
-from search.storage import StudyStore
+from search.running.launch import create
+from search.running.observer import Observer
+from search.storage.database import sqlite_path
+from search.storage.store import StudyStore
 from search.study import run
 
 

@@ -14,12 +14,12 @@ import sqlalchemy
 from events import Plan, simulate
 from virtual import Prices, VirtualWorker, cluster, cluster_in_memory
 
-from search.compare.entrants import parse_entrants
-from search.evidence import EvidenceFolder
-from search.sampler_config import SamplerConfig
+from search.config.sampler import SamplerConfig
+from search.results.compare.entrants import parse_entrants
 from search.samplers import Sources, make_engine
 from search.samplers.engine import sobol_point
-from search.trials import TrialRecord
+from search.storage.evidence import EvidenceFolder
+from search.storage.trials import TrialRecord
 
 AFTER = (64, 256, 512)  # trials
 DEAR = ("gp", "composite")  # engines whose own history would take an hour: they get Sobol points

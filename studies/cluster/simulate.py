@@ -36,7 +36,7 @@ from virtual import Prices, cluster_in_memory
 
 from search.errors import MergefrontError
 from search.front import hypervolume
-from search.storage import StudyStore
+from search.storage.store import StudyStore
 
 ENGINES = ("random", "qmc", "tpe", "nsga2", "pymoo:nsga2", "composite", "gp")
 # Seconds of an evaluation; None: as measured. The others are assumptions, see sizing.py.

@@ -4,7 +4,8 @@
     python studies/cluster/sizing.py --trials 300 --questions 2000 --tokens 150 --workers 64 --rate 7B=9000
 
 Parameters are counted from the shapes that each configuration names. A worker's memory is the formula of `mergefront
-check` (`search/preflight.py`): a live model of `merge.dtype`, and for methods that select by magnitude four bytes for
+check` (`search/running/check.py`): a live model of `merge.dtype`, and for methods that select by magnitude four
+bytes for
 each parameter of each expert, at most 4 GiB (`search/merging/blend.py: RANKS_BYTES`); the parents stay on disk, mapped.
 
 ASSUMPTIONS, to be replaced by your own: `FLOPS` and `ACCELERATOR` (what one accelerator does and holds; --rate sets
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from search.merging.blend import RANKS_BYTES
-from search.space import UNIFORM_LINE
+from search.merging.space import UNIFORM_LINE
 
 GIB = 2**30
 MERGE = 2.3  # times a copy of the model

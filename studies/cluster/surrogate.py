@@ -1,6 +1,7 @@
 """A model of what merges of the quickstart pair answer, in place of merging and scoring them.
 
-Every score of every option of every search question (relative to its question's mean, `search.answers`) is a ridge
+Every score of every option of every search question (relative to its question's mean,
+`search.samplers.answers_model`) is a ridge
 regression on the coefficients, their squares and their products, fitted to the stored answers of real studies. The
 objectives are computed from predicted scores by the product's own metrics, and engines that learn from answers are
 given them as evidence. One prediction takes a millisecond.
@@ -16,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from objectives.evaluator import Evaluation
+from objectives.evaluation import Evaluation
 from objectives.outcomes import Floats, Outcomes
-from search.answers import predicted_outcomes, relative_scores
 from search.errors import StorageError
-from search.evidence import EvidenceFolder
 from search.front import worst_corner
-from search.materials import Materials
-from search.opening import stored_config
-from search.space import Recipe
-from search.storage import StudyStore
+from search.recipe import Recipe
+from search.running.problem import Materials
+from search.samplers.answers_model import predicted_outcomes, relative_scores
+from search.storage.evidence import EvidenceFolder
+from search.storage.frozen import stored_config
+from search.storage.store import StudyStore
 
 RIDGES = tuple(float(r) for r in 10.0 ** np.arange(-4.0, 3.0, 0.5))
 FOLDS = 10

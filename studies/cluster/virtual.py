@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 from events import Asked
 
-import search.storage
-from search.database import connect
-from search.evidence import EvidenceFolder
-from search.observer import Observer
-from search.opening import create
-from search.profile import Stopwatch
-from search.results import Memory, Result
+import search.storage.store
+from search.running.launch import create
+from search.running.memory import Memory, Result
+from search.running.observer import Observer
+from search.running.profile import Stopwatch
 from search.samplers import Sources, make_engine
-from search.storage import GRACE_SECONDS, StudyStore, TrialRecord
+from search.storage.database import connect
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import GRACE_SECONDS, StudyStore
+from search.storage.trials import TrialRecord
+from search.storage.worker import Worker
 from search.study import _ask, _known, _measured, _Worker
-from search.worker import Worker
 
 NEAR = 0.01  # coefficients that differ by less make nearly the same merge
 
@@ -191,12 +192,12 @@ class VirtualWorker:
             self.store.host = self.identity.host
             yield
             return
-        real = search.storage.this_worker
-        search.storage.this_worker = lambda: self.identity
+        real = search.storage.store.this_worker
+        search.storage.store.this_worker = lambda: self.identity
         try:
             yield
         finally:
-            search.storage.this_worker = real
+            search.storage.store.this_worker = real
 
 
 class _Nowhere(EvidenceFolder):

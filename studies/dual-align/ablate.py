@@ -23,9 +23,9 @@ from objectives.calibrators.dual_align import dual_align
 from objectives.calibrators.fitted import FittedTemperature
 from objectives.calibrators.logits import LayerwiseLogits
 from objectives.calibrators.temperature import temperature_scaling, vanilla
-from objectives.metrics import get_metric
-from search.alternatives import Scores
-from search.storage import StudyStore
+from objectives.metrics.names import get_metric
+from search.results.alternatives import Scores
+from search.storage.store import StudyStore
 
 SPLITS = 5
 SIZES = (25, 50, 100, 400)

@@ -19,14 +19,14 @@ from functools import partial
 import numpy as np
 from scipy.stats import kendalltau
 
-from objectives.bootstrap import interval, resample_weights
 from objectives.estimators.irt import Items, fit_items
 from objectives.estimators.methods import ESTIMATORS
 from objectives.estimators.subset import choose_subset
+from objectives.metrics.bootstrap import interval, resample_weights
 from objectives.outcomes import Booleans, Floats
-from search.evidence import EvidenceFolder
-from search.naming import storage_url
-from search.storage import StudyStore
+from search.cli.naming import storage_url
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
 
 SIZES = (10, 20, 30, 50, 100)
 TARGET = 30  # the size that the last columns are about

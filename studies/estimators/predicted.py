@@ -13,13 +13,13 @@ import argparse
 
 import numpy as np
 
-from objectives.metrics import get_metric
+from objectives.metrics.names import get_metric
 from objectives.outcomes import Floats
-from search.answers import AnswersModel, predicted_outcomes, relative_scores
-from search.evidence import EvidenceFolder
-from search.naming import storage_url
-from search.opening import stored_config
-from search.storage import StudyStore
+from search.cli.naming import storage_url
+from search.samplers.answers_model import AnswersModel, predicted_outcomes, relative_scores
+from search.storage.evidence import EvidenceFolder
+from search.storage.frozen import stored_config
+from search.storage.store import StudyStore
 
 SEEDS = 10
 SIZES = (15, 20, 30, 40, 60, 120)

@@ -23,19 +23,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from objectives.bootstrap import interval, resample_weights
-from objectives.metrics import Metric, get_metric
+from objectives.metrics.bootstrap import interval, resample_weights
+from objectives.metrics.names import Metric, get_metric
 from objectives.outcomes import Floats, Outcomes
-from search.config import FidelityConfig, RacingConfig
-from search.evidence import EvidenceFolder
-from search.fidelity.estimating import Estimating
-from search.fidelity.predicting import Predicting
-from search.fidelity.racing import Racing
-from search.fidelity.stages import Rule
+from search.cli.naming import storage_url
+from search.config.sections import FidelityConfig, RacingConfig
 from search.front import hypervolume, hypervolume_batch, non_dominated, worst_corner
-from search.naming import storage_url
-from search.opening import stored_config
-from search.storage import StudyStore, TrialRecord
+from search.running.fidelity.estimating import Estimating
+from search.running.fidelity.predicting import Predicting
+from search.running.fidelity.racing import Racing
+from search.running.fidelity.stages import Rule
+from search.storage.evidence import EvidenceFolder
+from search.storage.frozen import stored_config
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 
 SEEDS = 10
 RESAMPLES = 500

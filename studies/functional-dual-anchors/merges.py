@@ -14,21 +14,21 @@ from experts import GROUPS, Settings, places, training_texts
 from numpy.typing import NDArray
 
 from objectives.evaluator import Evaluator
-from objectives.scoring import Scorer
-from objectives.tasks import load_questions
-from search.anchors.build import build
-from search.anchors.options import AdaptOptions, AnchorOptions
-from search.anchors.starts import FromExperts, FromMerge, FromPre, Start
-from search.config import SplitConfig, TaskConfig
-from search.console import stderr_console
+from objectives.questions.config import SplitConfig, TaskConfig
+from objectives.questions.tasks import load_questions
+from objectives.scoring.scorer import Scorer
+from search.checkpoints.checkpoint import Checkpoint
+from search.checkpoints.layout import load_config
+from search.checkpoints.loading import load_model
+from search.checkpoints.parents import Parents
+from search.cli.bars import MergeBar
+from search.cli.console import stderr_console
 from search.errors import ExportError
-from search.merging.checkpoint import Checkpoint
-from search.merging.layout import load_config
-from search.merging.loading import load_model
-from search.merging.parents import Parents
-from search.oneoff.bar import MergeBar
-from search.oneoff.make import Place, make
-from search.oneoff.request import read_request
+from search.merging.anchors.build import build
+from search.merging.anchors.options import AdaptOptions, AnchorOptions
+from search.merging.anchors.starts import FromExperts, FromMerge, FromPre, Start
+from search.merging.oneoff.make import Place, make
+from search.merging.oneoff.request import read_request
 
 HALVES = ("search", "report")
 SEARCH = 0.4  # of the questions

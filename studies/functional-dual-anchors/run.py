@@ -22,7 +22,7 @@ import torch
 from experts import GROUPS, SOURCES, Settings, build
 from merges import HALVES, Anchors, Bench, Made
 
-from search.anchors.options import AdaptOptions, AnchorOptions
+from search.merging.anchors.options import AdaptOptions, AnchorOptions
 
 HERE = Path(__file__).resolve().parent
 THREADS = 1  # the models are too small to share

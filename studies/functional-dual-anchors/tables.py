@@ -12,8 +12,8 @@ from experts import GROUPS
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from objectives.bootstrap import interval, resample_weights
-from search.plots.style import (
+from objectives.metrics.bootstrap import interval, resample_weights
+from search.results.plots.style import (
     FAINT,
     FRONT,
     INK,

@@ -19,11 +19,11 @@ from experts import BUILD, build_all
 from measure import study_of
 from styles import COMBINATIONS, POLES
 
-from search.board import Row, read_board
-from search.materials import Materials
-from search.opening import create
-from search.picks import pick
-from search.results import Memory
+from search.results.board import Row, read_board
+from search.results.picks import pick
+from search.running.launch import create
+from search.running.memory import Memory
+from search.running.problem import Materials
 from search.study import run
 
 SHARES = (1 / 3, 2 / 3, 1.0)

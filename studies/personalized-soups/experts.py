@@ -27,8 +27,9 @@ from styles import COMBINATIONS, POLES, Manners, extended_tokenizer, prompt_text
 from tune import TRAINED, Answers, Pairs, Tuning, extend, prefer, supervise
 from world import World
 
-from objectives.preferences import Preference, make_preference
-from search.config import load_study_file
+from objectives.metrics.preferences import Preference
+from search.checkpoints.reward_model import make_preference
+from search.config.study_file import load_study_file
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"

@@ -26,14 +26,14 @@ from experts import BUILD, JOINT, STUDY, build_all
 from styles import AXES, COMBINATIONS, POLES, wished
 from transformers import AutoModelForCausalLM
 
-from objectives.generation import AnswerSampler, Decoding
-from search.board import read_board
-from search.config import StudyConfig, load_study_file
-from search.export import export_rows
-from search.materials import Materials
-from search.opening import create
-from search.picks import pick
-from search.storage import StudyStore
+from objectives.generation.sampler import AnswerSampler, Decoding
+from search.config.study_file import StudyConfig, load_study_file
+from search.export.folder import export_rows
+from search.results.board import read_board
+from search.results.picks import pick
+from search.running.launch import create
+from search.running.problem import Materials
+from search.storage.store import StudyStore
 from search.study import run
 
 Scores = np.ndarray  # (prompts, samples, preferences) float64

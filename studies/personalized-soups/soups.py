@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from measure import CHOSEN, PLAIN, SOUP, SPOKEN, SUM, measured
 from styles import AXES, COMBINATIONS, POLES
 
-from objectives.bootstrap import interval, resample_weights
+from objectives.metrics.bootstrap import interval, resample_weights
 
 NAMES = tuple(" ".join(wishes) for wishes in COMBINATIONS)
 SINGLE, ALL = "an expert alone", "soup of 6"

@@ -18,8 +18,8 @@ from train import Muon, _adamw, _descend, dpo_loss
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from world import World
 
-from objectives.generation import AnswerSampler, Decoding
-from objectives.preferences import Preference
+from objectives.generation.sampler import AnswerSampler, Decoding
+from objectives.metrics.preferences import Preference
 
 TRAINED = ("asked", "trained")  # roles of the people that training is about; the study asks about the others
 PADDING = -100  # what cross-entropy leaves out

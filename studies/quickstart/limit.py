@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 
-from search.alternatives import Scores
-from search.cells import Cell
-from search.compare.judge import Judge, Row, Volume, mean_volume, ratio
-from search.database import connect
 from search.front import non_dominated
-from search.storage import StudyStore, TrialRecord
-from search.study import front_of
+from search.results.alternatives import Scores
+from search.results.compare.judge import Judge, Row, Volume, mean_volume, ratio
+from search.results.intervals import Cell
+from search.storage.database import connect
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord, front_of
 
 POOLED = "everything, pooled"
 

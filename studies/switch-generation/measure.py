@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from search.board_arms import RANDOM, ROUTER, SWITCH
-from search.config import StudyConfig, load_study_file
-from search.materials import Materials
+from search.config.study_file import StudyConfig, load_study_file
+from search.results.arms import RANDOM, ROUTER, SWITCH
+from search.running.problem import Materials
 from search.switching.arms import Arms
-from search.switching.batch import Cost
 from search.switching.candidates import Setting, open_settings
 from search.switching.policies import Always
 from search.switching.relay import Relay
+from search.switching.response import Cost
 from search.switching.train import Trained, summary, switching_of, train
 
 HERE = Path(__file__).resolve().parent

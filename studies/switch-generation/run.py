@@ -20,10 +20,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from measure import BUILD, HERE, LENGTHS
 
-from objectives.bootstrap import interval, resample_weights
-from objectives.metrics import get_metric
+from objectives.metrics.bootstrap import interval, resample_weights
+from objectives.metrics.names import get_metric
 from objectives.outcomes import Outcomes
-from search.board_arms import RANDOM, ROUTER, SWITCH
+from search.results.arms import RANDOM, ROUTER, SWITCH
 
 RESAMPLES = 1000
 SAMPLES = 8  # answers to a question

@@ -17,21 +17,26 @@ from pathlib import Path
 
 with (
     __import__("atheris").instrument_imports(
-        include=["search.strict_yaml", "search.config", "search.config_errors", "search.merging.checkpoint"]
+        include=[
+            "search.config.strict_yaml",
+            "search.config.study_file",
+            "search.config.explain",
+            "search.checkpoints.checkpoint",
+        ]
     )
     if __name__ == "__main__"
     else nullcontext()
 ):
-    from objectives.diversity import Diversity
-    from objectives.evaluator import Evaluation
-    from objectives.prompts import load_prompts
-    from search.config import load_study_file, parse_study
+    from objectives.evaluation import Evaluation
+    from objectives.metrics.diversity import Diversity
+    from objectives.questions.prompts import load_prompts
+    from search.checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SINGLE, Checkpoint
+    from search.checkpoints.lora import read_tensors
+    from search.checkpoints.lora_config import LoraConfig
+    from search.config.study_file import load_study_file, parse_study
     from search.errors import CheckpointError, ConfigError, EvaluationError, ExportError
-    from search.manifest import MANIFEST, read_manifest, write_manifest
-    from search.merging.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SINGLE, Checkpoint
-    from search.merging.lora import read_tensors
-    from search.merging.lora_config import LoraConfig
-    from search.piece_store import PieceStore
+    from search.storage.manifest import MANIFEST, read_manifest, write_manifest
+    from search.storage.pieces import PieceStore
     from search.switching.folder import KIND, SWITCHER, read_switcher
 
 FOLDER = Path(

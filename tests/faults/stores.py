@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optuna.distributions import FloatDistribution
 
-from search.storage import StudyStore
+from search.storage.store import StudyStore
 
 OBJECTIVES = [("accuracy", True), ("ece", False)]
 UNIT = FloatDistribution(0.0, 1.0)

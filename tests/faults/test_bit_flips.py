@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from search.board import read_board
-from search.config import load_study_file
+from search.checkpoints.adapters import merged_adapter
+from search.checkpoints.checkpoint import SINGLE, Checkpoint
+from search.config.study_file import load_study_file
 from search.errors import ConfigError, EvaluationError, ExportError
-from search.evidence import EvidenceFolder
-from search.manifest import MANIFEST, read_manifest
-from search.merging.adapters import merged_adapter
-from search.merging.checkpoint import SINGLE, Checkpoint
-from search.opening import create, reopen
-from search.storage import StudyStore
-from search.verify import verify_folder
+from search.export.verify import verify_folder
+from search.results.board import read_board
+from search.running.launch import create, reopen
+from search.storage.evidence import EvidenceFolder
+from search.storage.manifest import MANIFEST, read_manifest
+from search.storage.store import StudyStore
 from tests.export_process import exported
 from tests.fault_table import Fault
 from tests.hostile_files import copy

@@ -12,13 +12,14 @@ import pytest
 import torch
 from optuna.distributions import FloatDistribution
 
-import search.storage
-from search.config import load_study_file
-from search.observer import Observer
-from search.opening import create
-from search.storage import StudyStore, TrialRecord
+import search.storage.store
+from search.config.study_file import load_study_file
+from search.running.launch import create
+from search.running.observer import Observer
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
+from search.storage.worker import Worker, this_worker
 from search.study import run
-from search.worker import Worker, this_worker
 from tests.fault_table import Fault
 from tests.faults.child import in_child
 from tests.pico_study import write_study
@@ -100,7 +101,7 @@ def _run_with_jumps(study: str, url: str) -> int:
                 _set_clock(JUMPS[self.count % len(JUMPS)], self.real)
 
     torch.set_num_threads(1)  # as in the tests' own process
-    search.storage.BEAT_SECONDS = 0.005
+    search.storage.store.BEAT_SECONDS = 0.005
     run(*create(load_study_file(Path(study)), url, "cpu"), Jumping())
     return Jumping.count
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-import search.database
-from search.baselines import BASELINES
+import search.storage.database
 from search.errors import StorageError
-from search.storage import StudyStore
-from search.worker import this_worker
+from search.merging.baselines import BASELINES
+from search.storage.store import StudyStore
+from search.storage.worker import this_worker
 from tests.fault_table import Fault
 from tests.faults.conftest import TRIALS
 from tests.faults.stores import claim, new_store
@@ -180,7 +180,7 @@ def test_a_study_waits_ten_seconds_and_ends_as_if_nothing_had_been(
 
 
 def _impatient() -> None:
-    search.database.BUSY_SECONDS = 0.3  # type: ignore[assignment]
+    search.storage.database.BUSY_SECONDS = 0.3  # type: ignore[assignment]
 
 
 @pytest.mark.fault(10)

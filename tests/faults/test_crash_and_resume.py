@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from search.baselines import BASELINES
-from search.budget import set_budget
-from search.config import load_study_file
+from search.config.study_file import load_study_file
 from search.errors import ConfigError, StorageError
-from search.opening import create, reopen
-from search.storage import MAX_TRIES, StudyStore
+from search.merging.baselines import BASELINES
+from search.running.budget import set_budget
+from search.running.launch import create, reopen
+from search.storage.store import MAX_TRIES, StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.fault_table import Fault

@@ -12,17 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from objectives.metrics import METRIC_NAMES, get_metric
+from objectives.metrics.names import METRIC_NAMES, get_metric
 from objectives.outcomes import Outcomes
-from search.board import read_board
-from search.config import load_study_file
+from search.checkpoints.checkpoint import SINGLE
+from search.config.study_file import load_study_file
 from search.errors import TooManyFailuresError
 from search.front import hypervolume, non_dominated
-from search.merging.checkpoint import SINGLE
-from search.observer import Observer
-from search.opening import create
-from search.plots.style import Picture
-from search.storage import StudyStore, TrialRecord
+from search.results.board import read_board
+from search.results.plots.style import Picture
+from search.running.launch import create
+from search.running.observer import Observer
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 from tests.conftest import Cli
 from tests.hostile_files import edit_tensors
@@ -34,8 +35,8 @@ pytestmark = pytest.mark.fault(27)
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without the time that drawing takes; what is drawn of odd studies: tests/test_report.py."""
-    monkeypatch.setattr("search.report.render", lambda figure: Picture(b"png", b"svg", 3.0))
-    monkeypatch.setattr("search.report.render_svg", lambda figure: b"svg")
+    monkeypatch.setattr("search.results.page.render", lambda figure: Picture(b"png", b"svg", 3.0))
+    monkeypatch.setattr("search.results.page.render_svg", lambda figure: b"svg")
 
 
 def outcomes(probability: Sequence[Sequence[float]], gold: Sequence[int]) -> Outcomes:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from search.board import read_board
-from search.config import load_study_file
-from search.evidence import EvidenceFolder
-from search.opening import create
-from search.storage import StudyStore
+from search.config.study_file import load_study_file
+from search.export.verify import TOLERANCE
+from search.results.board import read_board
+from search.running.launch import create
+from search.storage.evidence import EvidenceFolder
+from search.storage.store import StudyStore
 from search.study import run
-from search.verify import TOLERANCE
 from tests.export_process import exported
 from tests.faults.child import in_child
 from tests.pico_study import write_study

@@ -24,7 +24,7 @@ ENVIRONMENT = pytest.mark.parametrize("name", ENVIRONMENTS)
 
 
 def mergefront(folder: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "search.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "search.cli.main", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "COLUMNS": "100", **ENVIRONMENTS.get(name, {})}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True)
 

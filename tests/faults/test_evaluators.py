@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from search.baselines import BASELINES
-from search.config import load_study_file
+from search.config.study_file import load_study_file
 from search.errors import EvaluationError, TooManyFailuresError
-from search.fidelity.stages import Stages
-from search.materials import Materials
-from search.observer import Observer
-from search.opening import create
-from search.storage import StudyStore, TrialRecord
+from search.merging.baselines import BASELINES
+from search.running.fidelity import rules
+from search.running.launch import create
+from search.running.observer import Observer
+from search.running.problem import Materials
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 from tests.fault_table import Fault
 from tests.faults.child import in_child
@@ -227,7 +228,7 @@ class Slow(Observer):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds of the clock by which trials are limited, for a test to move."""
     now = [1000.0]
-    monkeypatch.setattr("search.deadline.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("search.running.deadline.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
@@ -254,7 +255,7 @@ def test_a_trial_that_takes_too_long_fails_and_the_study_goes_on(tmp_path: Path,
 def test_loading_models_is_no_trials_time(
     tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, of = Materials.load, Stages.of
+    load, of = Materials.load, rules.stages_of
 
     def slow(work: Callable[..., Any]) -> Callable[..., Any]:
         def done(*arguments: Any) -> Any:
@@ -264,7 +265,7 @@ def test_loading_models_is_no_trials_time(
         return done
 
     monkeypatch.setattr(Materials, "load", slow(load))
-    monkeypatch.setattr(Stages, "of", slow(of))
+    monkeypatch.setattr("search.study.stages_of", slow(of))
     store, materials = limited(tmp_path, 60, racing={"error": 0.3, "looks": 4})
     run(store, materials)
     assert "failed" not in {t.state for t in store.trials()}

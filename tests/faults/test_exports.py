@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-import search.export
-import search.staging
-from search.board import Row, read_board
+import search.export.folder
+import search.storage.staging
 from search.errors import DiskError, ExportError
-from search.manifest import read_manifest
-from search.storage import StudyStore
+from search.results.board import Row, read_board
+from search.storage.manifest import read_manifest
+from search.storage.store import StudyStore
 from tests.export_process import (
     exported,
     in_child,
@@ -68,7 +68,7 @@ def _on_a_full_disk(disk: Path, url: str, trial: int) -> None:
     out = disk / "out"
     folder = exported(url, out, trial, weights=False)
     before = tree(disk)
-    search.export.check_space = lambda *_: None  # type: ignore[assignment] # another process takes the room
+    search.export.folder.check_space = lambda *_: None  # type: ignore[assignment] # another process takes the room
     fill(disk)
     with (disk / "filler").open("r+b") as stream:
         stream.truncate(stream.seek(0, os.SEEK_END) - 50_000)  # for the half of a pico model
@@ -99,7 +99,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     url: str, row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("search.staging.shutil.disk_usage", lambda _: usage._replace(free=2**20))
+    monkeypatch.setattr("search.storage.staging.shutil.disk_usage", lambda _: usage._replace(free=2**20))
     with pytest.raises(
         DiskError,
         match=r"no space left on the disk \(needs 1 MiB, 1 MiB free\). Nothing was changed; trials are safe.$",
@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up_meanwhile(
     def full(_: Path) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(search.staging, "sync_tree", full)
+    monkeypatch.setattr(search.storage.staging, "sync_tree", full)
     with pytest.raises(
         DiskError, match=r"no space left on the disk.* Nothing was changed; trials are safe.$"
     ):
@@ -174,7 +174,10 @@ def test_who_waits_for_an_export_that_fails_goes_on(tmp_path: Path) -> None:
 
     def wait_and_write() -> None:
         entered.wait(10)
-        with search.staging.locked_folder(out), search.staging.staged_folder(out / "trial-00001") as staging:
+        with (
+            search.storage.staging.locked_folder(out),
+            search.storage.staging.staged_folder(out / "trial-00001") as staging,
+        ):
             (staging / "x").write_text("x")
         done.append(1)
 
@@ -182,7 +185,7 @@ def test_who_waits_for_an_export_that_fails_goes_on(tmp_path: Path) -> None:
     thread.start()
 
     def fail() -> None:
-        with search.staging.locked_folder(out):
+        with search.storage.staging.locked_folder(out):
             entered.set()
             thread.join(0.3)
             raise RuntimeError
@@ -199,11 +202,14 @@ def test_without_locks_the_rename_decides(tmp_path: Path, monkeypatch: pytest.Mo
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("search.staging.fcntl.flock", no_locks)
+    monkeypatch.setattr("search.storage.staging.fcntl.flock", no_locks)
     final = tmp_path / "trial-00001"
 
     def write() -> None:
-        with search.staging.locked_folder(tmp_path), search.staging.staged_folder(final) as staging:
+        with (
+            search.storage.staging.locked_folder(tmp_path),
+            search.storage.staging.staged_folder(final) as staging,
+        ):
             (staging / "x").write_text("mine")
             final.mkdir()
             (final / "x").write_text("theirs")

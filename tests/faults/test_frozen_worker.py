@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from search.baselines import BASELINES
-from search.storage import StudyStore
-from search.worker import this_worker
+from search.merging.baselines import BASELINES
+from search.storage.store import StudyStore
+from search.storage.worker import this_worker
 from tests.fault_table import Fault
 from tests.faults.conftest import TRIALS
 from tests.faults.stores import claim, new_store

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from search.config import load_study_file
+from search.config.study_file import load_study_file
 from search.errors import DiskError
-from search.opening import create, reopen
-from search.storage import StudyStore
+from search.running.launch import create, reopen
+from search.storage.store import StudyStore
 from search.study import run
 from tests.fault_table import Fault
 from tests.faults.stores import claim, new_store

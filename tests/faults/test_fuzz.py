@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from search.config import StudyConfig, parse_study
+from search.config.strict_yaml import load_yaml
+from search.config.study_file import StudyConfig, parse_study
 from search.errors import ConfigError
-from search.strict_yaml import load_yaml
 from tests.fault_table import Fault
 from tests.faults import fuzz_targets
 from tests.faults.fuzz_targets import TARGETS, WITH_ATHERIS, quickly

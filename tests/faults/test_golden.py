@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from search import __version__
-from search.board import read_board
-from search.budget import set_budget
-from search.opening import reopen
-from search.picks import pick
-from search.storage import StudyStore
+from search.results.board import read_board
+from search.results.picks import pick
+from search.running.budget import set_budget
+from search.running.launch import reopen
+from search.storage.store import StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.fault_table import Fault

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from search.config import load_study_file
+from search.checkpoints.checkpoint import SINGLE
+from search.config.study_file import load_study_file
 from search.errors import CheckpointError, IncompatibleModelsError
-from search.merging.checkpoint import SINGLE
-from search.opening import create
-from search.storage import StudyStore
+from search.running.launch import create
+from search.storage.store import StudyStore
 from tests.conftest import Cli
 from tests.hostile_files import edit_json, edit_tensors, refused_pair
 from tests.pico import _LETTERS, block_network, pico_tokenizer, save_experts, save_pair, save_pico

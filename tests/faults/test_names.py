@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.plots.reliability import Panel, reliability_figure
-from search.plots.style import Picture, label, render_svg
-from search.printable import printable
+from objectives.printable import printable
+from search.results.plots.reliability import Panel, reliability_figure
+from search.results.plots.style import Picture, label, render_svg
 from tests.conftest import Cli
 from tests.pico import save_pair
 from tests.pico_study import write_questions, write_study
@@ -57,8 +57,8 @@ def test_a_mistyped_file_name_is_escaped(cli: Cli) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report without the time that drawing takes."""
-    monkeypatch.setattr("search.report.render", lambda figure: Picture(b"png", b"svg", 3.0))
-    monkeypatch.setattr("search.report.render_svg", lambda figure: b"svg")
+    monkeypatch.setattr("search.results.page.render", lambda figure: Picture(b"png", b"svg", 3.0))
+    monkeypatch.setattr("search.results.page.render_svg", lambda figure: b"svg")
 
 
 @pytest.mark.usefixtures("undrawn")

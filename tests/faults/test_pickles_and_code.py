@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from search.checkpoints.checkpoint import SINGLE
+from search.checkpoints.parents import Parents
 from search.errors import CheckpointError
-from search.merging.checkpoint import SINGLE
 from search.merging.live import LiveModel
-from search.merging.parents import Parents
 from tests.conftest import Cli
 from tests.hostile_files import copy, edit_json, edit_tensors, refused, refused_pair
 from tests.pico import save_pair, save_pico
@@ -175,7 +175,7 @@ def test_a_launch_needs_no_network(tmp_path: Path) -> None:
     if not allowed:
         pytest.skip("no network namespaces here")
     study = write_study(tmp_path / "study", trials=2)
-    mergefront = (sys.executable, "-m", "search.cli")
+    mergefront = (sys.executable, "-m", "search.cli.main")
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     for command in (
         ("launch", str(study), "--workers", "2"),

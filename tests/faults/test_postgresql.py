@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-import search.server
-from search.baselines import BASELINES
-from search.storage import StudyStore
+import search.storage.postgresql
+from search.merging.baselines import BASELINES
+from search.storage.store import StudyStore
 from tests.fault_table import Fault
 from tests.faults.conftest import TRIALS
 from tests.postgresql_server import PostgreSQLMissing, Server, running_server
@@ -37,7 +37,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def set_up(folder: str, patience: float = 60.0) -> None:
     """What a child does first: the evidence of all workers lies in one folder."""
     os.environ["MERGEFRONT_EVIDENCE"] = f"{folder}/shared"
-    search.server.WAIT_SECONDS = patience
+    search.storage.postgresql.WAIT_SECONDS = patience
 
 
 def slow_down() -> None:

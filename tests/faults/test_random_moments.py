@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from search.baselines import BASELINES
-from search.storage import MAX_TRIES, StudyStore
+from search.merging.baselines import BASELINES
+from search.storage.store import MAX_TRIES, StudyStore
 from tests.fault_table import Fault
 from tests.pico_study import write_study
 from tests.study_process import TerminateAfter, ended, merges, results, sound, start, url_in, whole

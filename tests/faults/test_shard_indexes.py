@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from search.merging.checkpoint import INDEX, SINGLE
+from search.checkpoints.checkpoint import INDEX, SINGLE
 from tests.hostile_files import copy, refused
 
 Edit = Callable[[Path], Any]
@@ -85,7 +85,7 @@ def test_hostile_weight_map(
 ) -> None:
     """Refused before any weight file is opened, the good ones included."""
     opened: list[Path] = []
-    monkeypatch.setattr("search.merging.checkpoint.read_header", opened.append)
+    monkeypatch.setattr("search.checkpoints.checkpoint.read_header", opened.append)
     folder = copy(saved[1], tmp_path / "model")
     _edit_index(lambda m: m.update({"model.norm.weight": value}))(folder)
     message = refused(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from search.storage import StudyStore
+from search.storage.store import StudyStore
 from tests.fault_table import Fault
 from tests.pico_study import write_study
 from tests.study_process import ended, results, sound, start, terminate_self, url_in, whole
@@ -43,7 +43,7 @@ def test_sigterm_gives_the_trial_back_and_exits_143(
 def launched(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A long study under way in a process of its own, which has printed that a trial is done; and its storage."""
     study, url = write_study(folder / "study", trials=5000), url_in(folder)
-    command = [sys.executable, "-m", "search.cli", "launch", str(study), "--storage", url, *options]
+    command = [sys.executable, "-m", "search.cli.main", "launch", str(study), "--storage", url, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

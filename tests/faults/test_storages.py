@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from search.baselines import BASELINES
-from search.board import read_board
-from search.budget import set_budget
-from search.config import load_study_file
-from search.database import connect
+from search.config.study_file import load_study_file
 from search.errors import DiskError, MergefrontError, StorageError
-from search.opening import create, reopen
-from search.storage import StudyStore
+from search.merging.baselines import BASELINES
+from search.results.board import read_board
+from search.running.budget import set_budget
+from search.running.launch import create, reopen
+from search.storage.database import connect
+from search.storage.store import StudyStore
 from search.study import run
 from tests.conftest import Cli
 from tests.fault_table import Fault

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from search.config import load_study_file, parse_study
+from search.config.strict_yaml import MAX_BYTES, load_yaml
+from search.config.study_file import load_study_file, parse_study
 from search.errors import ConfigError
-from search.strict_yaml import MAX_BYTES, load_yaml
 from tests.conftest import Cli
 from tests.test_config import GOOD, load
 

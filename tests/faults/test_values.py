@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from search.config import load_study_file
+from search.checkpoints.checkpoint import SINGLE, Checkpoint
+from search.checkpoints.parents import Parents
+from search.config.study_file import load_study_file
 from search.errors import CheckpointError, MergeError
 from search.merging.blend import make_blend
-from search.merging.checkpoint import SINGLE, Checkpoint
 from search.merging.live import LiveModel
-from search.merging.parents import Parents
-from search.opening import create
+from search.running.launch import create
 from search.study import run
 from tests.hostile_files import copy, edit_tensors, refused_pair
 from tests.pico import save_pair

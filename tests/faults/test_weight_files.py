@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from search.checkpoints.checkpoint import SINGLE, Checkpoint
+from search.checkpoints.header import read_header
 from search.errors import CheckpointError
-from search.merging.checkpoint import SINGLE, Checkpoint
-from search.merging.header import read_header
 from tests.fault_table import Fault
 from tests.hostile_files import copy, entry, refused, shard
 

@@ -20,14 +20,15 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import search.worker
+import search.storage.worker
 from search import __version__
-from search.board import read_board
-from search.config import load_study_file
+from search.config.study_file import load_study_file
 from search.errors import EvaluationError
-from search.observer import Observer, Step
-from search.opening import create
-from search.storage import StudyStore, TrialRecord
+from search.results.board import read_board
+from search.running.launch import create
+from search.running.observer import Observer, Step
+from search.storage.store import StudyStore
+from search.storage.trials import TrialRecord
 from search.study import run
 from tests.pico_study import write_study
 
@@ -60,8 +61,8 @@ def _study(folder: Path) -> Path:
 
 def _run(url: str) -> None:
     socket.gethostname = lambda: "golden"
-    search.worker._boot_id = lambda: "boot"
-    search.worker._pid_namespace = lambda: "namespace"
+    search.storage.worker._boot_id = lambda: "boot"
+    search.storage.worker._pid_namespace = lambda: "namespace"
     run(*create(load_study_file(BUILD / "study.yaml"), url, "cpu"), Fates())
 
 

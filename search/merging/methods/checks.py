@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from search.checkpoints.checkpoint import FLOATS
 from search.errors import MergeError
-from search.merging.checkpoint import FLOATS
 
 
 def check_pair(first: torch.Tensor, other: torch.Tensor) -> None:

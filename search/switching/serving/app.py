@@ -27,7 +27,6 @@ from search.switching.serving.answers import (
     to_bytes,
 )
 from search.switching.serving.body import read_json
-from search.switching.serving.desk import Desk, Order, Ticket
 from search.switching.serving.errors import (
     ApiError,
     closing,
@@ -37,9 +36,10 @@ from search.switching.serving.errors import (
     timed_out,
     too_long,
 )
-from search.switching.serving.gate import TALLY, Gate, Tally
 from search.switching.serving.limits import Limits
+from search.switching.serving.middleware import TALLY, Gate, Tally
 from search.switching.serving.protocol import COLDEST, NARROWEST, ChatRequest, TextRequest, read_request
+from search.switching.serving.queue import Desk, Order, Ticket
 from search.switching.writer import Piece, Writer
 
 T = TypeVar("T")

@@ -20,8 +20,8 @@ import uvicorn
 from search.errors import ConfigError
 from search.interrupt import Interrupted
 from search.switching.serving.app import make_app
+from search.switching.serving.connection import make_protocol
 from search.switching.serving.limits import Limits
-from search.switching.serving.wire import make_protocol
 from search.switching.writer import Writer
 
 LOGGER = logging.getLogger("mergefront")

@@ -1,0 +1,1 @@
+"""Questions: read, put into the texts that a model reads, dealt out to two splits."""

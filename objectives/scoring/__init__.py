@@ -1,0 +1,1 @@
+"""Log-likelihoods of answer options, with every token computed once."""

@@ -1,0 +1,1 @@
+"""Model folders, read without trusting them: parents, adapters, judges."""

@@ -1,0 +1,1 @@
+"""The study file: every key typed and checked before anything is opened."""

@@ -1,0 +1,1 @@
+"""Merges shipped, proved and calibrated."""

@@ -1,0 +1,1 @@
+"""A study read back: board, tables, pictures, page, comparison."""

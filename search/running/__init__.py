@@ -1,0 +1,1 @@
+"""Running a study: its problem, its workers, stopping candidates early."""
