@@ -1,7 +1,7 @@
 """The main path: ask -> merge -> evaluate -> tell, and the report split when the search is over.
 
-    store, materials = create(config, url)      # `opening`; or reopen(url, name)
-    run(store, materials)
+    store, problem = create(config, url)      # `opening`; or reopen(url, name)
+    run(store, problem)
 
 A reader who knows this file knows the product: `space` gives vectors a meaning, `samplers` propose, `merging` makes
 weights, `objectives` measures, `fidelity` measures no more than it takes, `storage` remembers, `front` compares.
@@ -38,7 +38,7 @@ from search.running.fidelity.rules import stages_of
 from search.running.fidelity.stages import Scored, Stages, as_learnt
 from search.running.memory import Memory, Result
 from search.running.observer import Observer
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.running.profile import ATTRIBUTE, Stopwatch
 from search.running.report_split import score_report_split
 from search.samplers import Engine, Proposal, Sources, WeightedGradient, make_engine
@@ -58,7 +58,7 @@ class _Worker:
     """One process at work on a study."""
 
     store: StudyStore
-    materials: Materials
+    problem: Problem
     evidence: EvidenceFolder
     engine: Engine
     observer: Observer
@@ -67,24 +67,24 @@ class _Worker:
 
     def seen(self, record: TrialRecord) -> TrialRecord:
         """A trial as engines see it: every number in the box."""
-        space = self.materials.space
+        space = self.problem.space
         return replace(record, coefficients=space.coordinates(record.coefficients)) if space.axes else record
 
     @cached_property
     def stages(self) -> Stages | None:
         """How candidates are scored in parts; None if they are not. It takes the live model."""
-        return stages_of(self.materials, self.evidence)
+        return stages_of(self.problem, self.evidence)
 
     @property
     @let_through()  # it may load the model
     def trial_tokens(self) -> int:
         """What a candidate takes that is scored in full."""
-        return self.materials.evaluator("search").tokens if self.stages is None else self.stages.tokens
+        return self.problem.evaluator("search").tokens if self.stages is None else self.stages.tokens
 
 
 def run(
     store: StudyStore,
-    materials: Materials,
+    problem: Problem,
     observer: Observer | None = None,
     *,
     report: bool = True,
@@ -98,7 +98,7 @@ def run(
 
     Args:
         checkpoints: scored tokens; the fronts as they stood then are scored on the report split, too.
-        memory: what earlier studies of the same materials scored; this one adds to it.
+        memory: what earlier studies of the same problem scored; this one adds to it.
 
     Raises:
         TooManyFailuresError: several trials in a row failed. EvaluationError: a baseline failed.
@@ -106,22 +106,22 @@ def run(
     """
 
     def gradient() -> WeightedGradient:
-        size_batches_held(store, materials)  # called while a trial is drawn, so the store is held
-        return materials.gradient
+        size_batches_held(store, problem)  # called while a trial is drawn, so the store is held
+        return problem.gradient
 
     evidence = EvidenceFolder(store.url, store.name)
 
     def answers(record: TrialRecord) -> Evaluation:
         return evidence.load(str(record.attributes["evidence"]))
 
-    bounds = (materials.space.low, materials.space.high)
-    sources = Sources(materials.metrics, gradient, answers, lambda record: materials.losses(answers(record)))
-    space, first = materials.space, len(materials.baselines)
+    bounds = (problem.space.low, problem.space.high)
+    sources = Sources(problem.metrics, gradient, answers, lambda record: problem.losses(answers(record)))
+    space, first = problem.space, len(problem.baselines)
     engine = make_engine(
-        materials.config.sampler, space.names, bounds, sources, materials.idle, first, space.neutral
+        problem.config.sampler, space.names, bounds, sources, problem.idle, first, space.neutral
     )
     worker = _Worker(
-        store, materials, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()
+        store, problem, evidence, engine, observer or Observer(), Stopwatch(), memory or Memory()
     )
     store.give_back_all()
     before = store.trials()
@@ -184,11 +184,11 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
     """A new trial, or None if the budget is given out. Failed trials do not count: others are drawn in their place;
     trials that were stopped early do: they were tried.
     """
-    store, engine, space = worker.store, worker.engine, worker.materials.space
+    store, engine, space = worker.store, worker.engine, worker.problem.space
     history = store.trials()
     _stop_after_failures(history[first:])
     given_out = sum(record.state != "failed" for record in history)
-    every = worker.materials.baselines
+    every = worker.problem.baselines
     if given_out >= len(every) + int(store.attribute("trials")):
         return None
     missing = missing_baseline(history, every)
@@ -205,7 +205,7 @@ def _drawn(worker: _Worker, first: int) -> TrialRecord | None:
     return store.claim(
         kind,
         recipe.coefficients,
-        worker.materials.distributions,
+        worker.problem.distributions,
         {"method": recipe.method, "recipe": recipe.key, **known},
         tags,
     )
@@ -293,13 +293,13 @@ def _scored(worker: _Worker, trial: TrialRecord) -> Result:
     scored, diversity = _evaluated(worker, trial, "search")
     evaluation, verdict = scored.evaluation, scored.verdict
     values: list[float] = [] if verdict is None else list(verdict.estimate)
-    for metric in worker.materials.metrics[len(values) :]:
+    for metric in worker.problem.metrics[len(values) :]:
         if isinstance(metric, Metric):
             values.append(float(metric.value(evaluation.outcomes)))
         else:
             assert diversity is not None, "the study file was refused otherwise"
             values.append(float(metric.value(diversity)))
-    for metric, value in zip(worker.materials.metrics, values, strict=True):
+    for metric, value in zip(worker.problem.metrics, values, strict=True):
         if not math.isfinite(value):
             raise EvaluationError(f"{metric.name}: found {value}, wanted a finite number.")
     with worker.watch.measuring("store"):
@@ -317,27 +317,27 @@ def _scored(worker: _Worker, trial: TrialRecord) -> Result:
 @let_through()
 def _evaluated(worker: _Worker, trial: TrialRecord, split: Split) -> tuple[Scored, Diversity | None]:
     """What the recipe answers to a split; a candidate that is stopped samples no answers."""
-    materials, observer, watch = worker.materials, worker.observer, worker.watch
-    if (tokens := size_batches(worker.store, materials)) is not None:
+    problem, observer, watch = worker.problem, worker.observer, worker.watch
+    if (tokens := size_batches(worker.store, problem)) is not None:
         observer.batches(tokens)
-    limit = materials.config.trial_seconds if split == "search" else None
+    limit = problem.config.trial_seconds if split == "search" else None
     stages = worker.stages if split == "search" and trial.kind == "search" else None
     if limit is not None:
-        materials.load(split)  # once, which no trial's time limit shall pay for
+        problem.load(split)  # once, which no trial's time limit shall pay for
     deadline = Deadline(limit)
     progress = deadline.watching(observer.evaluating)
     observer.step("merging", trial)
     with watch.measuring("merge"):
-        materials.merge(trial.recipe)
+        problem.merge(trial.recipe)
     deadline.check("the merge")
     observer.step("merged", trial)
     with watch.measuring("score"):
         if stages is None:
-            evaluation = materials.evaluate(split, progress)
+            evaluation = problem.evaluate(split, progress)
             scored = Scored(evaluation, len(evaluation.outcomes))
         else:
             scored = stages.score(trial, worker.store.trials(), progress)
-        diversity = None if scored.verdict is not None else materials.diversify(split)
+        diversity = None if scored.verdict is not None else problem.diversify(split)
     deadline.check("its end")
     observer.step("evaluated", trial)
     return scored, diversity
@@ -351,11 +351,11 @@ def _score_report_split(worker: _Worker, checkpoints: Sequence[int]) -> None:
     """
     store = worker.store
     done = [record for record in store.trials() if record.state == "complete"]
-    maximize = [metric.maximize for metric in worker.materials.metrics]
+    maximize = [metric.maximize for metric in worker.problem.metrics]
     on_front = front_of(done, maximize)
     for tokens in checkpoints:
         on_front |= front_of(within_tokens(store.trials(), tokens), maximize)
-    everybody = worker.materials.config.split.report == "all"
+    everybody = worker.problem.config.split.report == "all"
     due = [record for record in done if everybody or record.kind != "search" or record.number in on_front]
     by_recipe, folder, known = worker.memory.report, worker.evidence.path, store.attributes()
     for record in done:

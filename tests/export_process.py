@@ -34,8 +34,8 @@ def made_study(folder: Path, **keys: Any) -> str:
         (folder / parent / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (folder / "post" / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 7}')
     url = f"sqlite:///{folder / 'study.db'}"
-    store, materials = create(load_study_file(path), url, "cpu")
-    run(store, materials)
+    store, problem = create(load_study_file(path), url, "cpu")
+    run(store, problem)
     return url
 
 

@@ -124,8 +124,8 @@ def _run(
     before()
     try:
         with interruptible():
-            store, materials = create(load_study_file(Path(study)), url, "cpu", **options)
-            run(store, materials, Striker(step, number, strike, diary))
+            store, problem = create(load_study_file(Path(study)), url, "cpu", **options)
+            run(store, problem, Striker(step, number, strike, diary))
     except Interrupted as stop:
         os._exit(stop.exit_code)
     except MergefrontError as error:

@@ -93,10 +93,10 @@ def check(
     """Validates a study, says what it would take and what its questions can show; runs nothing."""
     from search.config.study_file import load_study_file
     from search.running.check import describe
-    from search.running.problem import Materials
+    from search.running.problem import Problem
 
     config = load_study_file(study, overrides)
-    for line in describe(Materials.open(config, device), storage_url(storage, config.name)):
+    for line in describe(Problem.open(config, device), storage_url(storage, config.name)):
         say(line)
 
 
@@ -132,14 +132,14 @@ def launch(
     ray = ray_options(engine, address, gpus_per_worker)
     with interruptible():
         here = "cpu" if ray else device  # the devices are elsewhere, and this process only watches
-        store, materials = create(
+        store, problem = create(
             config, url, here, fresh=fresh, grace=grace, local_parents=None if ray else local_parents
         )
         # A budget that was extended before is not taken back by launching the same file again.
         set_budget(store, trials, at_least=config.trials)
         run_study(
             store,
-            materials,
+            problem,
             workers,
             device,
             ray=ray,
@@ -180,7 +180,7 @@ def resume(
     with interruptible():
         if tethered:
             tether()
-        store, materials = reopen(
+        store, problem = reopen(
             storage_url(storage, study_name(name)),
             study_name(name),
             "cpu" if ray else device,
@@ -192,7 +192,7 @@ def resume(
         set_tokens(store, tokens)
         run_study(
             store,
-            materials,
+            problem,
             workers,
             device,
             overrides,

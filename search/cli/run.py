@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from search.cli.naming import storage_url
 
 if TYPE_CHECKING:
-    from search.running.problem import Materials
+    from search.running.problem import Problem
     from search.running.ray_workers import RayOptions
     from search.storage.store import StudyStore
 
@@ -41,7 +41,7 @@ def ray_options(engine: str, address: str | None, gpus_per_worker: float | None)
 
 def run_study(
     store: StudyStore,
-    materials: Materials,
+    problem: Problem,
     workers: int,
     device: str,
     overrides: list[str] | None = None,
@@ -70,18 +70,18 @@ def run_study(
     from search.storage.database import shown, sqlite_path
     from search.study import run
 
-    printer = ProgressPrinter(store, materials, stderr_console(), quiet=quiet or as_worker)
+    printer = ProgressPrinter(store, problem, stderr_console(), quiet=quiet or as_worker)
     if ray is not None:
         from search.running.ray_workers import run_on_ray
 
-        total = len(materials.baselines) + int(store.attribute("trials"))
+        total = len(problem.baselines) + int(store.attribute("trials"))
         with _closing(printer):
             run_on_ray(store, total, workers, ray, device, overrides or [], printer, local_parents)
     else:
         use_threads(workers)
         command = resume_command(store, device, overrides or [], local_parents)
         with held_back(), helpers(workers - 1, store, command), _closing(printer), let_through():
-            run(store, materials, printer)
+            run(store, problem, printer)
     if profile and (found := read_profile(store.trials())) is not None:
         say(found.text(), file=sys.stderr)
     if not as_worker and not quiet:

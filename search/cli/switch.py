@@ -50,7 +50,7 @@ def train(
     from search.cli.bars import RolloutBar
     from search.cli.console import stderr_console
     from search.merging.oneoff.make import check_target
-    from search.running.problem import Materials
+    from search.running.problem import Problem
     from search.switching.candidates import open_settings
     from search.switching.folder import save_switcher
     from search.switching.train import summary
@@ -58,13 +58,13 @@ def train(
 
     check_target(out, overwrite=overwrite)
     with interruptible():
-        materials = Materials.open(config, device)
-        settings = open_settings(materials, config.switching.turns)
+        problem = Problem.open(config, device)
+        settings = open_settings(problem, config.switching.turns)
         with RolloutBar(stderr_console(), quiet=GIVEN["quiet"]) as bar:
             trained = learn(
-                materials, settings, work or Path("runs") / config.name / "rollouts", bar.watch, bar.learn
+                problem, settings, work or Path("runs") / config.name / "rollouts", bar.watch, bar.learn
             )
-        folder = save_switcher(trained, materials, settings, out, overwrite=overwrite)
+        folder = save_switcher(trained, problem, settings, out, overwrite=overwrite)
     for line in summary(trained):
         say(line)
     say(folder)

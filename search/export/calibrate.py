@@ -48,7 +48,7 @@ from search.results.calibration_table import CalibrationTable, calibration_table
 from search.results.picks import pick
 from search.running.batches import size_batches
 from search.running.launch import reopen
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.evidence import EvidenceFolder
 from search.storage.frozen import check_identity
 from search.storage.manifest import MANIFEST, MERGE, read_manifest
@@ -72,8 +72,8 @@ def calibrate_board(
         selections: `pre`, `post`, an expert, or as for export; none: `post`, if it is there, and the knee.
     """
     chosen = chosen_methods(methods)
-    store, materials = reopen(url, name, device, overrides)
-    tasks = materials.config.tasks
+    store, problem = reopen(url, name, device, overrides)
+    tasks = problem.config.tasks
     if "all" in methods and any(task.format != "letter" for task in tasks):
         chosen.remove(CAPE)
         logger.info("cape is left out: it needs prompts that list their options (format: letter)")
@@ -86,7 +86,7 @@ def calibrate_board(
     named = {row.label: row for row in board.parents}
     asked = selections or (*([] if "post" not in named else ["post"]), "knee")
     rows = [named[one] if one in named else pick(board, one) for one in asked]
-    calibrate_study(store, materials, rows, chosen, named["pre"].trial)
+    calibrate_study(store, problem, rows, chosen, named["pre"].trial)
     return calibration_table(read_board(store), Scores(store))
 
 
@@ -125,7 +125,7 @@ def calibrate_model(
 
 
 def calibrate_study(
-    store: StudyStore, materials: Materials, rows: Sequence[Row], methods: Sequence[str], pre: int
+    store: StudyStore, problem: Problem, rows: Sequence[Row], methods: Sequence[str], pre: int
 ) -> None:
     """Puts these trials with these calibrators on the study's board; what is stored already is not measured again.
 
@@ -142,36 +142,36 @@ def calibrate_study(
     averages = numbers if CAPE in methods else []
     if averages:
         for split in SPLITS:  # before anything is scored
-            permuted_questions(closed(materials.questions.of(split)))
+            permuted_questions(closed(problem.questions.of(split)))
     by_number = {record.number: record for record in store.trials()}
-    worker = _Reader(store, materials)
+    worker = _Reader(store, problem)
     for number in dict.fromkeys([*layers, *averages, *numbers]):
         wanted = [layers_key(number, split) for split in SPLITS if number in layers]
         wanted += [cape_key(number, split) for split in SPLITS if number in averages]
         if number in numbers:
-            wanted += [f"diversity:{number}"] if materials.prompts is not None else []
+            wanted += [f"diversity:{number}"] if problem.prompts is not None else []
             wanted.append(
                 f"report:{number}"
             )  # last, as after the search: its presence says that all is there
         known = store.attributes()
         missing = [key for key in wanted if key not in known]
         if missing:
-            size_batches(store, materials)
-            materials.merge(by_number[number].recipe)
+            size_batches(store, problem)
+            problem.merge(by_number[number].recipe)
             for key in missing:
                 logger.info("trial %d: %s", number, key.replace(f":{number}", ""))
                 store.set_attribute(key, worker.measured(key))
-    _sample_answers(store, materials, numbers, list(dict.fromkeys([*AUTOMATIC, *methods])))
+    _sample_answers(store, problem, numbers, list(dict.fromkeys([*AUTOMATIC, *methods])))
     for number in numbers:
         asked = store.attribute(calibrators_key(number)) or []
         store.set_attribute(calibrators_key(number), list(dict.fromkeys([*asked, *methods])))
 
 
 def _sample_answers(
-    store: StudyStore, materials: Materials, numbers: Sequence[int], methods: Sequence[str]
+    store: StudyStore, problem: Problem, numbers: Sequence[int], methods: Sequence[str]
 ) -> None:
     """Samples answers at each fitted temperature, where the study samples answers: diversity changes with it."""
-    if materials.prompts is None or all(task.written for task in materials.config.tasks):
+    if problem.prompts is None or all(task.written for task in problem.config.tasks):
         return  # a temperature of shares is none to sample at
     evidence = EvidenceFolder(store.url, store.name)
     records = {record.number: record for record in store.trials()}
@@ -181,14 +181,14 @@ def _sample_answers(
         known = store.attributes()
         wanted = [(m, s) for m in fitted for s in SPLITS if diversity_key(number, m, s) not in known]
         if wanted:
-            materials.merge(records[number].recipe)
+            problem.merge(records[number].recipe)
         for method, split in wanted:
             one = fitted[method]
             assert one is not None, "the scores were measured above"
             logger.info(
                 "trial %d: answers at temperature %.3g (%s, %s)", number, one.temperature, method, split
             )
-            sampled = materials.diversify(split, one.temperature)
+            sampled = problem.diversify(split, one.temperature)
             assert sampled is not None, "there are prompts"
             store.set_attribute(diversity_key(number, method, split), evidence.save(sampled))
 
@@ -213,10 +213,10 @@ def calibrate_export(
     number = study.record.number
     known = store.attributes()
     if "layers" in METHODS[method] and any(layers_key(n, "search") not in known for n in (pre, number)):
-        materials = Materials.open(study.config, device)
-        check_identity(store, materials.identity)
+        problem = Problem.open(study.config, device)
+        check_identity(store, problem.identity)
         rows = [row for row in read_board(store).rows if row.trial == number]
-        calibrate_study(store, materials, rows, [method], pre)
+        calibrate_study(store, problem, rows, [method], pre)
     fitted = Scores(store).fitted(method, number)
     assert fitted is not None, "the scores were measured above"
     write_into_export(folder, MODEL, fitted, manifest)
@@ -297,17 +297,17 @@ def _logits(folder: Path, config: StudyConfig, method: str, device: str) -> Logi
 class _Reader:
     """Reads the live model for calibrators."""
 
-    def __init__(self, store: StudyStore, materials: Materials) -> None:
-        self._materials = materials
+    def __init__(self, store: StudyStore, problem: Problem) -> None:
+        self._problem = problem
         self._evidence = EvidenceFolder(store.url, store.name)
 
     def measured(self, key: str) -> str:
         """Digest of the evidence that a study attribute of this name wants, for the model's present values."""
         what, _, rest = key.partition(":")
         if what == "report":
-            return self._evidence.save(self._materials.evaluate("report"))
+            return self._evidence.save(self._problem.evaluate("report"))
         if what == "diversity":
-            sampled = self._materials.diversify("report")
+            sampled = self._problem.diversify("report")
             assert sampled is not None, "there are prompts"
             return self._evidence.save(sampled)
         split: Split = "search" if rest.endswith("search") else "report"
@@ -316,18 +316,18 @@ class _Reader:
         return self._evidence.save(self._averaged(split))
 
     def _layers(self, split: Split) -> str:
-        scorer = self._materials.scorer
+        scorer = self._problem.scorer
         reader = LayerwiseScorer(scorer.model, scorer.tokenizer, scorer.batch_tokens)
-        questions = closed(self._materials.questions.of(split))
-        return self._evidence.save_layers(reader.layerwise(questions, self._materials.config.tasks).earlier)
+        questions = closed(self._problem.questions.of(split))
+        return self._evidence.save_layers(reader.layerwise(questions, self._problem.config.tasks).earlier)
 
     def _averaged(self, split: Split) -> Evaluation:
         """CAPE's mean probabilities as an evaluation of the questions themselves, with log p as their scores."""
-        materials = self._materials
-        permuted = permuted_questions(closed(materials.questions.of(split)))
+        problem = self._problem
+        permuted = permuted_questions(closed(problem.questions.of(split)))
         found = Evaluator(
-            materials.scorer, materials.tokenizer, permuted.questions, materials.config.tasks
+            problem.scorer, problem.tokenizer, permuted.questions, problem.config.tasks
         ).evaluate()
         return Evaluation.of_probabilities(
-            permuted.average(found.outcomes), found.scored_tokens, materials.evaluator(split).digest
+            permuted.average(found.outcomes), found.scored_tokens, problem.evaluator(split).digest
         )

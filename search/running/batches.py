@@ -5,11 +5,11 @@ from __future__ import annotations
 from objectives.questions.questions import closed
 from search.checkpoints.placement import device_title
 from search.config.study_file import StudyConfig
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.store import StudyStore
 
 
-def size_batches(store: StudyStore, materials: Materials) -> int | None:
+def size_batches(store: StudyStore, problem: Problem) -> int | None:
     """Sets tokens a batch to what the study's first worker on such a device measured, unless the study file says it.
 
     Another batch changes the last bits of a score, so a study keeps to one.
@@ -17,21 +17,21 @@ def size_batches(store: StudyStore, materials: Materials) -> int | None:
     Returns:
         The number, the first time; None once it is set.
     """
-    if materials.config.batch_tokens is not None or materials.scorer.sized:
+    if problem.config.batch_tokens is not None or problem.scorer.sized:
         return None
     with store.exclusive():
-        return size_batches_held(store, materials)
+        return size_batches_held(store, problem)
 
 
-def size_batches_held(store: StudyStore, materials: Materials) -> int | None:
+def size_batches_held(store: StudyStore, problem: Problem) -> int | None:
     """`size_batches` for who holds the store."""
-    if materials.scorer.sized:
+    if problem.scorer.sized:
         return None
-    size = batch_tokens(store, materials.config, materials.device)
+    size = batch_tokens(store, problem.config, problem.device)
     if size is None:
-        size = materials.scorer.measure(closed(materials.questions.search))
-        store.set_attribute(_batch_key(materials.device), size)
-    materials.scorer.use(size)
+        size = problem.scorer.measure(closed(problem.questions.search))
+        store.set_attribute(_batch_key(problem.device), size)
+    problem.scorer.use(size)
     return size
 
 

@@ -14,7 +14,7 @@ from search.config.methods import OPTIONS, get_method
 from search.config.sections import MergeConfig, ParentsConfig
 from search.errors import MergefrontError
 from search.merging.blend import ranks_bytes
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.database import sqlite_path
 from search.storage.evidence import EvidenceFolder
 from search.storage.store import StudyStore
@@ -23,15 +23,15 @@ MIB = 2**20
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def describe(materials: Materials, url: str) -> list[str]:
+def describe(problem: Problem, url: str) -> list[str]:
     """Lines on parents, groups, questions, memory, disk, work and power of a study; `url` is that of its storage."""
-    config, parents, space = materials.config, materials.parents, materials.space
+    config, parents, space = problem.config, problem.parents, problem.space
     numbers = parents.parameters
     live = numbers * _BYTES[config.merge.dtype]
-    split = materials.questions
+    split = problem.questions
     texts = sum(len(q.context) + sum(len(text) for text in q.options) for q in closed(split.search))
     texts += sum(len(q.context) for q in written(split.search))
-    tokens = texts / 4 + _drawn(materials)
+    tokens = texts / 4 + _drawn(problem)
     free = shutil.disk_usage(Path.cwd()).free
     lines = [
         f"study       {config.name}",
@@ -44,21 +44,19 @@ def describe(materials: Materials, url: str) -> list[str]:
         f"groups      {len(space.groups)}: {_shortened([group.name for group in space.groups])}"
         + (f"; {len(space.coefficients)} coefficients" if len(space.experts) > 1 else ""),
         f"questions   {len(split.search)} search, {len(split.report)} report, of {', '.join(split.task_names)}",
-        f"objectives  {', '.join(m.name + (' up' if m.maximize else ' down') for m in materials.metrics)}",
-        *_written(materials),
-        *_sampled(materials),
-        f"search      {config.sampler.title}, {len(materials.baselines)} baselines + {config.trials} trials",
-        f"memory      {live / MIB:,.0f} MiB for the live model{_ranks(materials)}; the parents stay on disk, mapped",
+        f"objectives  {', '.join(m.name + (' up' if m.maximize else ' down') for m in problem.metrics)}",
+        *_written(problem),
+        *_sampled(problem),
+        f"search      {config.sampler.title}, {len(problem.baselines)} baselines + {config.trials} trials",
+        f"memory      {live / MIB:,.0f} MiB for the live model{_ranks(problem)}; the parents stay on disk, mapped",
         f"disk        {live / MIB:,.0f} MiB for each exported checkpoint; {free / MIB:,.0f} MiB free here",
-        f"work        about {tokens:,.0f} tokens a trial, {_work(tokens, numbers)} on {materials.device}",
+        f"work        about {tokens:,.0f} tokens a trial, {_work(tokens, numbers)} on {problem.device}",
     ]
     if config.sampler.follows_gradients:
         which = (
             "each trial" if config.sampler.warm is None else f"each of the first {config.sampler.warm} trials"
         )
-        lines.append(
-            f"gradient    {materials.proposal_evaluations:.3g} times that before {which} is proposed"
-        )
+        lines.append(f"gradient    {problem.proposal_evaluations:.3g} times that before {which} is proposed")
     if (racing := config.racing) is not None:
         lines.append(
             f"racing      {racing.looks} looks; a trial of the front is stopped with a probability of at most "
@@ -69,9 +67,9 @@ def describe(materials: Materials, url: str) -> list[str]:
             f"fidelity    {fidelity.questions} questions first, estimates by {fidelity.estimator}; in full where the "
             "front is in reach"
         )
-    lines += _power(materials, url)
-    lines += [f"note        {note}" for note in materials.notes]
-    if idle := materials.idle:
+    lines += _power(problem, url)
+    lines += [f"note        {note}" for note in problem.notes]
+    if idle := problem.idle:
         left = " and are left at 0" if len(idle) < space.dim else ""
         lines.append(
             f"note        {len(idle)} of {space.dim} coefficients change nothing{left}, the tensors of their groups "
@@ -80,29 +78,29 @@ def describe(materials: Materials, url: str) -> list[str]:
     return [*lines, "ready       mergefront launch runs it"]
 
 
-def _drawn(materials: Materials) -> int:
+def _drawn(problem: Problem) -> int:
     """Tokens of the written answers of a trial, none of which ends early."""
-    each = [task.generation.samples * task.generation.max_new_tokens for task in materials.config.tasks]
-    return sum(each[question.task] for question in written(materials.questions.search))
+    each = [task.generation.samples * task.generation.max_new_tokens for task in problem.config.tasks]
+    return sum(each[question.task] for question in written(problem.questions.search))
 
 
-def _written(materials: Materials) -> list[str]:
+def _written(problem: Problem) -> list[str]:
     """What is written in every trial, a line a task."""
     lines = []
-    for number, task in enumerate(materials.config.tasks):
+    for number, task in enumerate(problem.config.tasks):
         if task.written:
-            asked, drawn = written(materials.questions.search), task.generation
+            asked, drawn = written(problem.questions.search), task.generation
             lines.append(
-                f"written     {materials.questions.task_names[number]}: "
+                f"written     {problem.questions.task_names[number]}: "
                 f"{sum(question.task == number for question in asked)} search questions, {drawn.samples} answers to "
                 f"each, of at most {drawn.max_new_tokens} tokens; right by {drawn.match}"
             )
     return lines
 
 
-def _sampled(materials: Materials) -> list[str]:
+def _sampled(problem: Problem) -> list[str]:
     """What is sampled in every trial, and what the preferences measure on it."""
-    config, prompts = materials.config, materials.prompts
+    config, prompts = problem.config, problem.prompts
     if config.diversity is None or prompts is None:
         return []
     drawn = config.diversity
@@ -116,25 +114,25 @@ def _sampled(materials: Materials) -> list[str]:
     return lines
 
 
-def _power(materials: Materials, url: str) -> list[str]:
+def _power(problem: Problem, url: str) -> list[str]:
     """What the report split can show, from the answers of an expert and a uniform 0.5 once they are stored."""
-    pair = _stored_pair(materials, url)
-    found = materials.power("report", pair)
+    pair = _stored_pair(problem, url)
+    found = problem.power("report", pair)
     if not found:
         return []
     errors = ", ".join(f"{one.standard_error:.3f}" for one in found)
     return [
-        f"power       differences {differences(found)} show on {len(materials.questions.report)} report questions "
+        f"power       differences {differences(found)} show on {len(problem.questions.report)} report questions "
         f"(80 % power); standard errors {errors}; "
         + (
             "spreads assumed"
             if pair is None
-            else f"from the stored answers of {materials.space.experts[0]} and uniform 0.5"
+            else f"from the stored answers of {problem.space.experts[0]} and uniform 0.5"
         )
     ]
 
 
-def _stored_pair(materials: Materials, url: str) -> tuple[Outcomes, Outcomes] | None:
+def _stored_pair(problem: Problem, url: str) -> tuple[Outcomes, Outcomes] | None:
     """Answers of the first expert and the uniform 0.5 to the search split, if a study of this name has scored both.
 
     Looked for in SQLite files only: a server may be slow to answer, and gets its tables from whoever asks first.
@@ -143,11 +141,11 @@ def _stored_pair(materials: Materials, url: str) -> tuple[Outcomes, Outcomes] | 
     if database is None or not database.exists():
         return None
     try:
-        store = StudyStore.open(url, materials.config.name)
-        if (store.attribute("identity") or {}).get("questions") != materials.questions.digest:
+        store = StudyStore.open(url, problem.config.name)
+        if (store.attribute("identity") or {}).get("questions") != problem.questions.digest:
             return None
         evidence = EvidenceFolder(url, store.name)
-        space = materials.space
+        space = problem.space
         keys = [space.alone(space.experts[0]).key, space.uniform(0.5).key]
         trials = [trial for key in keys if (trial := store.scored(key)) is not None]
         answers = [evidence.load(str(trial.attributes["evidence"])).outcomes for trial in trials]
@@ -163,9 +161,9 @@ def _work(tokens: float, numbers: int) -> str:
     return f"{2 * tokens * numbers / 1e12:,.2f} TFLOP"
 
 
-def _ranks(materials: Materials) -> str:
+def _ranks(problem: Problem) -> str:
     """What methods that select by magnitude keep beside the live model."""
-    most = ranks_bytes(materials.parents, materials.space.methods)
+    most = ranks_bytes(problem.parents, problem.space.methods)
     return f", {most / MIB:,.0f} MiB for the order of magnitudes" if most else ""
 
 

@@ -11,7 +11,7 @@ from search import __version__
 from search.checkpoints.local_parents import LocalParents
 from search.config.study_file import StudyConfig, differences
 from search.errors import ConfigError, StorageError
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.database import exclusive, shown, sqlite_path
 from search.storage.frozen import STUDY_SCHEMA, _stored_config, check_identity, moved_config
 from search.storage.store import StudyStore
@@ -23,28 +23,28 @@ def create(
     device: str = "auto",
     *,
     fresh: bool = False,
-    materials: Materials | None = None,
+    problem: Problem | None = None,
     local_parents: Path | None = None,
     **options: Any,
-) -> tuple[StudyStore, Materials]:
+) -> tuple[StudyStore, Problem]:
     """Creates the study, or opens it to continue if it exists with the same config.
 
     Args:
         fresh: refuse a study that exists already.
-        materials: those of the config, opened before.
+        problem: those of the config, opened before.
         local_parents: where copies of the parents are read from (`local_parents`); they are made if they are not there.
 
     Raises:
         ConfigError: the study exists with another config, or `fresh` and it exists, or its engine follows gradients
             and this model has none.
     """
-    if materials is None:
+    if problem is None:
         local = _local(local_parents, _begun(url, config.name) if local_parents else None)
-        materials = Materials.open(config, device, local)
+        problem = Problem.open(config, device, local)
     if config.sampler.follows_gradients:
-        _ = materials.gradient  # a model without one is refused now, not after the baselines
-    _ = materials.preferences, materials.equivalence  # so is a model that judges answers and does not load
-    objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
+        _ = problem.gradient  # a model without one is refused now, not after the baselines
+    _ = problem.preferences, problem.equivalence  # so is a model that judges answers and does not load
+    objectives = [(metric.name, metric.maximize) for metric in problem.metrics]
     store = StudyStore.create(url, config.name, objectives, **options)
     with store.exclusive():
         stored = store.attribute("config")
@@ -52,12 +52,12 @@ def create(
             store.set_attribute("schema", STUDY_SCHEMA)
             store.set_attribute("version", __version__)
             store.set_attribute("objectives", [[name, maximize] for name, maximize in objectives])
-            store.set_attribute("identity", materials.identity)
-            store.set_attribute("facts", _facts(materials))
+            store.set_attribute("identity", problem.identity)
+            store.set_attribute("facts", _facts(problem))
             store.set_attribute("trials", config.trials)
             store.set_attribute("tokens", config.tokens)
             store.set_attribute("config", config.to_json())  # last: its presence says that the study is whole
-            return store, materials
+            return store, problem
     if fresh:
         raise ConfigError(
             f"{shown(url)}: study '{config.name}' exists. Leave out --fresh to continue it, or rename it."
@@ -68,7 +68,7 @@ def create(
             f"study '{config.name}' exists with another config: {'; '.join(changed[:6])}. "
             "Rename the study, or take the changes back."
         )
-    check_identity(store, materials.identity)
+    check_identity(store, problem.identity)
     with store.exclusive():
         stored = store.attribute("config")
         if _stored_config(store, stored).tokens != config.tokens:  # else what `resume --tokens` gave stays
@@ -76,7 +76,7 @@ def create(
         if stored != config.to_json():
             # Places may have moved: other workers and `export` look where this file says.
             store.set_attribute("config", config.to_json())
-    return store, materials
+    return store, problem
 
 
 def reopen(
@@ -87,7 +87,7 @@ def reopen(
     *,
     local_parents: Path | None = None,
     **options: Any,
-) -> tuple[StudyStore, Materials]:
+) -> tuple[StudyStore, Problem]:
     """Opens an existing study from its storage alone.
 
     Args:
@@ -98,9 +98,9 @@ def reopen(
         StorageError: no such study. ConfigError: what lies at the places is not what the study began with.
     """
     store = StudyStore.open(url, name, **options)
-    materials = Materials.open(moved_config(store, overrides), device, _local(local_parents, store))
-    check_identity(store, materials.identity)
-    return store, materials
+    problem = Problem.open(moved_config(store, overrides), device, _local(local_parents, store))
+    check_identity(store, problem.identity)
+    return store, problem
 
 
 def _local(root: Path | None, store: StudyStore | None) -> LocalParents | None:
@@ -122,16 +122,16 @@ def _begun(url: str, name: str) -> StudyStore | None:
     return None
 
 
-def _facts(materials: Materials) -> dict[str, Any]:
+def _facts(problem: Problem) -> dict[str, Any]:
     """What front, report and export must know without opening the parents."""
     return {
-        "groups": [[group.name, len(group.tensors)] for group in materials.space.groups],
-        "baselines": len(materials.baselines),
-        "tasks": list(materials.questions.task_names),
-        "questions": {"search": len(materials.questions.search), "report": len(materials.questions.report)},
-        "prompts": materials.prompts
-        and {"search": len(materials.prompts.search), "report": len(materials.prompts.report)},
-        "parameters": materials.parents.parameters,
-        "notes": materials.notes,
-        "parents": materials.provenance(),
+        "groups": [[group.name, len(group.tensors)] for group in problem.space.groups],
+        "baselines": len(problem.baselines),
+        "tasks": list(problem.questions.task_names),
+        "questions": {"search": len(problem.questions.search), "report": len(problem.questions.report)},
+        "prompts": problem.prompts
+        and {"search": len(problem.prompts.search), "report": len(problem.prompts.report)},
+        "parameters": problem.parents.parameters,
+        "notes": problem.notes,
+        "parents": problem.provenance(),
     }

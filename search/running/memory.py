@@ -19,7 +19,7 @@ class Result:
 
 @dataclass
 class Memory:
-    """What recipes scored, for several studies that one process runs on the same materials in one storage.
+    """What recipes scored, for several studies that one process runs on the same problem in one storage.
 
     Attributes:
         search: recipe -> its result, tokens included: a trial counts what it would have taken.

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Materials:
+class Problem:
     """Everything that a study file names, opened and checked. Nothing is computed yet."""
 
     config: StudyConfig
@@ -63,7 +63,7 @@ class Materials:
     prompts: PromptSet | None = None
 
     @classmethod
-    def open(cls, config: StudyConfig, device: str = "auto", local: LocalParents | None = None) -> Materials:
+    def open(cls, config: StudyConfig, device: str = "auto", local: LocalParents | None = None) -> Problem:
         """Opens parents and questions.
 
         Args:
@@ -99,7 +99,7 @@ class Materials:
             prompts=prompts,
         )
 
-    def under(self, config: StudyConfig) -> Materials:
+    def under(self, config: StudyConfig) -> Problem:
         """The same, with all that is open, under a config that differs in name, sampler, budgets or tokens a batch.
 
         Raises:

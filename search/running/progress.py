@@ -19,7 +19,7 @@ from search.front import hypervolume, non_dominated, worst_corner
 from search.merging.baselines import PARENTS
 from search.running.budget import expected_trials
 from search.running.observer import Observer, Step
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.database import shown
 from search.storage.store import StudyStore
 from search.storage.trials import TrialRecord, base_label
@@ -30,15 +30,13 @@ logger = logging.getLogger("mergefront")
 class ProgressPrinter(Observer):
     """Shows what moves: front size and hypervolume, not only a counter."""
 
-    def __init__(
-        self, store: StudyStore, materials: Materials, console: Console, *, quiet: bool = False
-    ) -> None:
+    def __init__(self, store: StudyStore, problem: Problem, console: Console, *, quiet: bool = False) -> None:
         self._store = store
-        self._config = materials.config
-        self._materials = materials
+        self._config = problem.config
+        self._problem = problem
         self._console = console
         self._quiet = quiet
-        self._objectives = [(metric.name, metric.maximize) for metric in materials.metrics]
+        self._objectives = [(metric.name, metric.maximize) for metric in problem.metrics]
         self._values: dict[int, tuple[float, ...]] = {}
         self._stopped = 0
         self._parents: dict[int, tuple[float, ...]] = {}
@@ -79,9 +77,7 @@ class ProgressPrinter(Observer):
 
     def batches(self, tokens: int) -> None:
         if not self._quiet:
-            logger.info(
-                "batches of %d tokens, the fastest on %s", tokens, device_title(self._materials.device)
-            )
+            logger.info("batches of %d tokens, the fastest on %s", tokens, device_title(self._problem.device))
 
     def finished(self, trial: TrialRecord, values: Sequence[float]) -> None:
         self._look(self._store.trials())  # other workers' results, too
@@ -166,7 +162,7 @@ class ProgressPrinter(Observer):
             state += f", {open_} begun and not finished"
         split = facts["questions"]
         lines = [
-            f"{config.name}  {len(self._objectives)} objectives ({aims})  {self._materials.space.dim} coefficients, "
+            f"{config.name}  {len(self._objectives)} objectives ({aims})  {self._problem.space.dim} coefficients, "
             f"{' or '.join(config.merge.methods)}  {sampler.title} seed {sampler.seed}",
             f"parents    {'  +  '.join(config.parents.places.values())}  {_count(facts['parameters'])} parameters",
             f"questions  {split['search']} search, {split['report']} report  ({', '.join(facts['tasks'])})",
@@ -214,7 +210,7 @@ class ProgressPrinter(Observer):
 
     def _hypervolume(self) -> float:
         """Of all trials so far, over the corner of the parents' worst values; 0 until all parents are scored."""
-        if len(self._parents) < 1 + len(self._materials.space.experts):
+        if len(self._parents) < 1 + len(self._problem.space.experts):
             return 0.0
         maximise = tuple(m for _, m in self._objectives)
         corner = worst_corner(np.array(list(self._parents.values())), maximise=maximise)

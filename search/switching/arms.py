@@ -31,7 +31,7 @@ from objectives.questions.questions import Split, written
 from search.config.study_file import StudyConfig
 from search.errors import ConfigError
 from search.results.arms import ARMS, AVERAGE, CONTRASTIVE, DARE, RANDOM, REFINE, ROUTER, SOUP, UNTRAINED
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.switching.arms_cache import Draft, Kept, Texts
 from search.switching.candidates import Setting
 from search.switching.classifier_switcher import features_of
@@ -84,21 +84,21 @@ class Arms:
 
     def __init__(
         self,
-        materials: Materials,
+        problem: Problem,
         settings: Sequence[Setting],
         switchers: Mapping[str, Callable[[Setting], Policy]],
         kept: Kept | None = None,
     ) -> None:
-        check_arms(materials.config)
-        self._materials, self._settings, self._kept = materials, settings, kept
+        check_arms(problem.config)
+        self._problem, self._settings, self._kept = problem, settings, kept
         self.names = settings[0].relay.names
         self._models = dict(zip(self.names, settings[0].relay.models, strict=True))
-        self._config = switching_of(materials)
+        self._config = switching_of(problem)
         host = self._config.host or self.names[-1]
         self._host = self.names.index(host)
         self._switchers = dict(switchers)
         with suppress(ConfigError):  # a tokenizer without digits cannot be asked
-            untrained = AskedBrain(self._models[host], materials.parents.sha256_of(host))
+            untrained = AskedBrain(self._models[host], problem.parents.sha256_of(host))
             for one in settings:
                 untrained.policy(one.relay, self._config)
             self._switchers[UNTRAINED] = lambda one: untrained.policy(one.relay, self._config)
@@ -156,8 +156,8 @@ class Arms:
             alone = next((name for name, share in weights.items() if share == 1.0), None)
             if alone is not None:
                 return float(self.written(alone, "search").score.mean())
-            self._materials.live.apply(soup_blend(self._materials.parents, weights))
-            drafts = [self._alone(self._materials.live.model, one, "search") for one in self._settings]
+            self._problem.live.apply(soup_blend(self._problem.parents, weights))
+            drafts = [self._alone(self._problem.live.model, one, "search") for one in self._settings]
             return float(self._judged(drafts, 0.0, "search").score.mean())
 
         return greedy_soup(self.names, score)
@@ -248,10 +248,10 @@ class Arms:
             return self._alone(logit_average(list(models.values())), one, split)
         if label == CONTRASTIVE:
             return self._alone(contrastive(models[names[-1]], models[names[0]]), one, split)
-        parents = self._materials.parents
+        parents = self._problem.parents
         blend = soup_blend(parents, self.soup.weights) if label == SOUP else dare_ties_blend(parents)
-        self._materials.live.apply(blend)
-        return self._alone(self._materials.live.model, one, split)
+        self._problem.live.apply(blend)
+        return self._alone(self._problem.live.model, one, split)
 
     def _relayed(self, one: Setting, split: Split, policy: Policy) -> Draft:
         found = one.relay.generate([asked.prompt for asked in one.asked[split]], policy)
@@ -283,7 +283,7 @@ class Arms:
         return features_of(one.relay, starts, self._host)
 
     def _judged(self, drafts: Sequence[Draft], seconds: float, split: Split) -> Written:
-        questions = written(self._materials.questions.of(split))
+        questions = written(self._problem.questions.of(split))
         place = {question.key: i for i, question in enumerate(questions)}
         texts: list[tuple[str, ...]] = [()] * len(questions)
         for one, (found, _, _) in zip(self._settings, drafts, strict=True):
@@ -293,7 +293,7 @@ class Arms:
         return self._scored(tuple(texts), split, tokens, single, seconds)
 
     def _scored(self, texts: Texts, split: Split, tokens: int, single: int, seconds: float) -> Written:
-        questions, tasks = written(self._materials.questions.of(split)), self._materials.config.tasks
+        questions, tasks = written(self._problem.questions.of(split)), self._problem.config.tasks
         score, right = [], []
         for question, answers in zip(questions, texts, strict=True):
             rule = get_rule(tasks[question.task].generation.match)

@@ -11,7 +11,7 @@ import torch
 
 from objectives.questions.questions import Split
 from search import __version__
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.pieces import PieceStore, digest_of
 from search.switching.candidates import Setting
 from search.switching.train import switching_of
@@ -31,7 +31,7 @@ class Kept:
     """
 
     def __init__(
-        self, folder: Path, materials: Materials, settings: Sequence[Setting], switcher: str, its_arm: str
+        self, folder: Path, problem: Problem, settings: Sequence[Setting], switcher: str, its_arm: str
     ) -> None:
         self._pieces = PieceStore(folder)
         self._switcher, self._its_arm = switcher, its_arm
@@ -41,11 +41,11 @@ class Kept:
         self._facts: dict[str, Any] = {
             "format": _FORMAT,
             "version": __version__,
-            "parents": materials.parents.digest,
-            "dtype": materials.config.merge.dtype,
-            "questions": materials.questions.digest,
+            "parents": problem.parents.digest,
+            "dtype": problem.config.merge.dtype,
+            "questions": problem.questions.digest,
             "prompts": digest_of({"prompts": prompts}),
-            "switching": switching_of(materials).model_dump(mode="json"),
+            "switching": switching_of(problem).model_dump(mode="json"),
         }
 
     def read(self, label: str, split: Split) -> tuple[list[Draft], float] | None:

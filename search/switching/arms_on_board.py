@@ -9,7 +9,7 @@ from objectives.questions.questions import Split
 from search.errors import ConfigError
 from search.results.alternatives import SPLITS
 from search.results.arms import arm_key, stored_arms
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.evidence import EvidenceFolder
 from search.storage.frozen import check_identity, stored_config
 from search.storage.pieces import digest_of
@@ -27,33 +27,33 @@ class Boarding:
     """Puts arms on a study's board.
 
     Args:
-        materials: of the study file that the arms are made from.
+        problem: of the study file that the arms are made from.
 
     Raises:
         ConfigError: the study was launched with other parents or questions, or in another dtype.
     """
 
-    def __init__(self, store: StudyStore, materials: Materials) -> None:
-        identity = materials.identity
+    def __init__(self, store: StudyStore, problem: Problem) -> None:
+        identity = problem.identity
         check_identity(store, {what: identity[what] for what in ("parents", "questions")})
-        began, here = stored_config(store).merge.dtype, materials.config.merge.dtype
+        began, here = stored_config(store).merge.dtype, problem.config.merge.dtype
         if began != here:
             raise ConfigError(
                 f"study '{store.name}': was launched with merge.dtype {began} (found {here}). Take that back, or "
                 "rename the study."
             )
         self._store, self._evidence = store, EvidenceFolder(store.url, store.name)
-        rules = switching_of(materials).model_dump(mode="json", exclude=_TRAINING)
+        rules = switching_of(problem).model_dump(mode="json", exclude=_TRAINING)
         self._setting = digest_of({"switching": rules})
 
     @classmethod
-    def open(cls, url: str, materials: Materials) -> Boarding | None:
+    def open(cls, url: str, problem: Problem) -> Boarding | None:
         """The board of the study of this file; None, which is said, if it was never launched in this storage."""
-        store = StudyStore.find(url, materials.config.name)
+        store = StudyStore.find(url, problem.config.name)
         if store is None or store.attribute("config") is None:
-            logger.info("study '%s' was not launched: the table alone", materials.config.name)
+            logger.info("study '%s' was not launched: the table alone", problem.config.name)
             return None
-        return cls(store, materials)
+        return cls(store, problem)
 
     def put(self, label: str, found: Mapping[Split, Written], switcher: str | None) -> None:
         """Puts an arm on the board, in the place of an earlier one of its name.

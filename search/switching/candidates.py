@@ -18,7 +18,7 @@ from search.checkpoints.parents import Parents
 from search.checkpoints.placement import SPREAD, place
 from search.config.switching import Turns
 from search.errors import CheckpointError, ConfigError
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.switching.relay import Relay
 from search.switching.rollouts import Asked
 
@@ -113,8 +113,8 @@ def _check_room(number: int, texts: Sequence[str], prompts: Sequence[Sequence[in
             )
 
 
-def open_settings(materials: Materials, turns: Turns) -> list[Setting]:
+def open_settings(problem: Problem, turns: Turns) -> list[Setting]:
     """The settings of an opened study, its candidates loaded."""
-    config = materials.config
-    models = load_candidates(materials.parents, config.merge.dtype, materials.device)
-    return settings(materials.questions, config.tasks, models, materials.tokenizer, turns)
+    config = problem.config
+    models = load_candidates(problem.parents, config.merge.dtype, problem.device)
+    return settings(problem.questions, config.tasks, models, problem.tokenizer, turns)

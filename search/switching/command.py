@@ -55,9 +55,9 @@ def compare_arms(
 
     Raises:
         ConfigError: no such arm, or a study with options. IncompatibleModelsError: the switcher was trained with other
-            candidates. Others as `read_switcher`, `Materials.open`, `Boarding`.
+            candidates. Others as `read_switcher`, `Problem.open`, `Boarding`.
     """
-    from search.running.problem import Materials
+    from search.running.problem import Problem
     from search.switching.arms import Arms, check_arms
     from search.switching.arms_cache import Kept
     from search.switching.arms_on_board import Boarding
@@ -67,15 +67,15 @@ def compare_arms(
 
     check_arms(config)
     about = read_switcher(folder)
-    materials = Materials.open(config, device)
-    check_same(about, {name: facts["sha256"] for name, facts in materials.provenance().items()}, folder)
-    switching = switching_of(materials)
-    board = None if url is None else Boarding.open(url, materials)
-    check_taught(about, materials, folder)
-    brain = read_brain(folder, about, materials.parents, materials.device)
-    settings = open_settings(materials, switching.turns)
-    kept = None if work is None else Kept(work, materials, settings, file_sha256(folder / MANIFEST), SWITCH)
-    arms = Arms(materials, settings, {SWITCH: lambda one: brain.policy(one.relay, about.switching)}, kept)
+    problem = Problem.open(config, device)
+    check_same(about, {name: facts["sha256"] for name, facts in problem.provenance().items()}, folder)
+    switching = switching_of(problem)
+    board = None if url is None else Boarding.open(url, problem)
+    check_taught(about, problem, folder)
+    brain = read_brain(folder, about, problem.parents, problem.device)
+    settings = open_settings(problem, switching.turns)
+    kept = None if work is None else Kept(work, problem, settings, file_sha256(folder / MANIFEST), SWITCH)
+    arms = Arms(problem, settings, {SWITCH: lambda one: brain.policy(one.relay, about.switching)}, kept)
     for label in labels:
         if label not in arms.labels:
             near = difflib.get_close_matches(label, arms.labels, n=1)

@@ -20,7 +20,7 @@ from search.checkpoints.parents import Parents
 from search.config.switching import SwitchingConfig
 from search.errors import CheckpointError, ConfigError, ExportError, IncompatibleModelsError
 from search.export.model_card import cell_text, licences_said, render
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.files import read_json
 from search.storage.manifest import read_manifest, write_manifest
 from search.storage.staging import lone_folder
@@ -74,7 +74,7 @@ class Opened:
 
 
 def save_switcher(
-    trained: Trained, materials: Materials, settings: list[Setting], out: Path, *, overwrite: bool = False
+    trained: Trained, problem: Problem, settings: list[Setting], out: Path, *, overwrite: bool = False
 ) -> Path:
     """Writes the folder of a trained switcher.
 
@@ -85,16 +85,16 @@ def save_switcher(
     about = SwitcherFile(
         format=FORMAT,
         version=__version__,
-        study=materials.config.name,
-        candidates={name: _Place(**facts) for name, facts in materials.provenance().items()},  # type: ignore[arg-type]
-        dtype=materials.config.merge.dtype,
+        study=problem.config.name,
+        candidates={name: _Place(**facts) for name, facts in problem.provenance().items()},  # type: ignore[arg-type]
+        dtype=problem.config.merge.dtype,
         host=trained.host,
-        switching=switching_of(materials),
+        switching=switching_of(problem),
         generate=first.generation,
         chat_template=first.chat_template,
         until=list(first.until),
         training={
-            "questions": materials.questions.digest,
+            "questions": problem.questions.digest,
             "traces": len(lesson.starts),
             "clear": int(lesson.labels.kept.sum()),
             "labels": lesson.counts,
@@ -195,18 +195,18 @@ def check_same(about: SwitcherFile, found: Mapping[str, str | None], folder: Pat
             )
 
 
-def check_taught(about: SwitcherFile, materials: Materials, folder: Path) -> None:
+def check_taught(about: SwitcherFile, problem: Problem, folder: Path) -> None:
     """Refuses a study of other questions, of which some may have taught the switcher, or with other turns.
 
     Raises:
         ConfigError: as above.
     """
-    if about.training.get("questions") != materials.questions.digest:
+    if about.training.get("questions") != problem.questions.digest:
         raise ConfigError(
             f"{folder}: was trained on the search split of other questions, or of another split (see tasks and split). "
             "Train one on these: its scores on report questions would be no proof."
         )
-    trained, given = about.switching.turns, switching_of(materials).turns
+    trained, given = about.switching.turns, switching_of(problem).turns
     if trained != given:
         raise ConfigError(f"{folder}: was trained for {trained} (found {given}). Train one for these turns.")
 

@@ -1,7 +1,7 @@
 """The main path of Switch Generation: rollouts -> labels -> switcher -> folder.
 
-trained = train(materials, settings, work)                   # resumes after any kill
-save_switcher(trained, materials, settings, out)             # in `folder`
+trained = train(problem, settings, work)                   # resumes after any kill
+save_switcher(trained, problem, settings, out)             # in `folder`
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from objectives.questions.matching import get_rule
 from search.config.switching import SwitchingConfig
 from search.errors import ConfigError
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.pieces import PieceStore
 from search.switching.asked_switcher import Asking
 from search.switching.candidates import Setting
@@ -84,7 +84,7 @@ class Trained:
 
 
 def train(
-    materials: Materials,
+    problem: Problem,
     settings: list[Setting],
     work: Path,
     watch: Watch | None = None,
@@ -98,8 +98,8 @@ def train(
     Raises:
         ConfigError: no section `switching`, or labels that teach nothing: too few, or all the same.
     """
-    config = switching_of(materials)
-    lesson = learn(materials, settings, work, watch)
+    config = switching_of(problem)
+    lesson = learn(problem, settings, work, watch)
     host = config.host or lesson.candidates[-1]
     kept = lesson.labels.kept
     if len(np.unique(lesson.question[kept])) < FOLDS or len(np.unique(lesson.labels.label[kept])) < 2:
@@ -109,7 +109,7 @@ def train(
             f"(wanted {FOLDS} questions or more, and two candidates). Give more rollouts, or lower switching.margin."
         )
     if config.switcher == "lora":
-        return _train_lora(materials, settings, lesson, host, watch_lora)
+        return _train_lora(problem, settings, lesson, host, watch_lora)
     names = lesson.candidates
     seen = np.concatenate(
         [
@@ -129,7 +129,7 @@ def train(
 
 
 def _train_lora(
-    materials: Materials, settings: list[Setting], lesson: Lesson, host: str, watch: LoraWatch | None
+    problem: Problem, settings: list[Setting], lesson: Lesson, host: str, watch: LoraWatch | None
 ) -> Trained:
     relay, kept = settings[0].relay, np.flatnonzero(lesson.labels.kept)
     lora = train_lora(
@@ -138,22 +138,22 @@ def _train_lora(
         [lesson.starts[row] for row in kept],
         lesson.labels.label[kept],
         lesson.question[kept],
-        switching_of(materials).lora_options,
+        switching_of(problem).lora_options,
         watch=watch,
     )
-    base = dict(zip(materials.parents.labels, materials.parents.everybody, strict=True))[host]
-    brain = AskedBrain.trained(lora, base, materials.config.merge.dtype, materials.device)
+    base = dict(zip(problem.parents.labels, problem.parents.everybody, strict=True))[host]
+    brain = AskedBrain.trained(lora, base, problem.config.merge.dtype, problem.device)
     return Trained(lesson, brain, host, lora.epochs[-1].held_loss)
 
 
-def learn(materials: Materials, settings: list[Setting], work: Path, watch: Watch | None = None) -> Lesson:
+def learn(problem: Problem, settings: list[Setting], work: Path, watch: Watch | None = None) -> Lesson:
     """The rollouts of all written tasks with their labels."""
-    config = switching_of(materials)
+    config = switching_of(problem)
     options = options_of(config)
     facts = {
-        "parents": materials.parents.digest,
-        "dtype": materials.config.merge.dtype,
-        "device": materials.device.partition(":")[0],
+        "parents": problem.parents.digest,
+        "dtype": problem.config.merge.dtype,
+        "device": problem.device.partition(":")[0],
     }
     store = PieceStore(work)
     question: list[Integers] = []
@@ -236,13 +236,13 @@ def preference(config: SwitchingConfig, scores: Floats, starts: Sequence[Start])
     return found
 
 
-def switching_of(materials: Materials) -> SwitchingConfig:
+def switching_of(problem: Problem) -> SwitchingConfig:
     """The study's section. Raises ConfigError if it has none."""
-    if materials.config.switching is None:
+    if problem.config.switching is None:
         raise ConfigError(
-            f"study '{materials.config.name}': has no section switching. Add one, such as switching: {{segment: 25}}."
+            f"study '{problem.config.name}': has no section switching. Add one, such as switching: {{segment: 25}}."
         )
-    return materials.config.switching
+    return problem.config.switching
 
 
 def summary(trained: Trained) -> list[str]:

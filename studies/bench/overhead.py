@@ -35,7 +35,7 @@ from search.merging.groups import Group
 from search.merging.space import CoefficientSpace
 from search.recipe import Recipe
 from search.running.observer import Observer, Step
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.samplers import Engine, Proposal, Sources, make_engine
 from search.storage.store import StudyStore
 from search.storage.trials import TrialRecord
@@ -49,8 +49,8 @@ REAL_TRIAL = 12.0  # seconds that one trial of studies/smollm2-135m takes on two
 EARLY = 200  # the trial whose cost the last ones are compared with
 
 
-class FreeMaterials(Materials):
-    """Materials whose merge and evaluation cost next to nothing."""
+class FreeMaterials(Problem):
+    """Problem whose merge and evaluation cost next to nothing."""
 
     @cached_property
     def idle(self) -> tuple[str, ...]:
@@ -174,13 +174,13 @@ def measure_reopening(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store, materials = free_study(folder, engine, coefficients, trials + 2)
-        fill(folder / "study.db", materials, trials)
+        store, problem = free_study(folder, engine, coefficients, trials + 2)
+        fill(folder / "study.db", problem, trials)
         watch = _Stopwatch(clock)
         began = clock()
         store = StudyStore.open(_url(folder), store.name)
         opened = clock()
-        run(store, materials, watch, report=False)
+        run(store, problem, watch, report=False)
         return {
             "open": opened - began,
             "read": watch.first["started"] - opened,
@@ -191,9 +191,9 @@ def measure_reopening(
         }
 
 
-def fill(database: Path, materials: FreeMaterials, trials: int) -> None:
+def fill(database: Path, problem: FreeMaterials, trials: int) -> None:
     """Puts complete trials into an empty study as `study.run` would have left them, but in one transaction."""
-    space = materials.space
+    space = problem.space
     distribution = distribution_to_json(FloatDistribution(space.low, space.high))
     with sqlite3.connect(database) as connection:
 
@@ -205,7 +205,7 @@ def fill(database: Path, materials: FreeMaterials, trials: int) -> None:
         def insert_json(table: str, trial: int, values: dict[str, Any]) -> None:
             insert(table, "trial_id key value_json", [(trial, k, json.dumps(v)) for k, v in values.items()])
 
-        for record in made_up(materials, trials):
+        for record in made_up(problem, trials):
             key = record.number + 1
             when = ("2026-01-01 00:00:00.000000", "2026-01-01 00:00:12.000000")
             columns = "trial_id number study_id state datetime_start datetime_complete"
@@ -229,11 +229,11 @@ def _none(*_: object) -> NoReturn:
     raise NotImplementedError("the engines timed here read neither gradients nor answers")
 
 
-def made_up(materials: FreeMaterials, trials: int) -> Iterable[TrialRecord]:
+def made_up(problem: FreeMaterials, trials: int) -> Iterable[TrialRecord]:
     """Complete trials of an imagined run, with what the engine wants to find again on each."""
-    config, space = materials.config.sampler, materials.space
+    config, space = problem.config.sampler, problem.space
     bounds = (space.low, space.high)
-    sources = Sources(materials.metrics, _none, _none, _none)
+    sources = Sources(problem.metrics, _none, _none, _none)
     engine = make_engine(config, space.names, bounds, sources)
     last: list[TrialRecord] = []
     rng = np.random.default_rng(0)

@@ -59,18 +59,18 @@ class Measured:
 
 
 def real_rate(
-    url: str, materials: SimulatedMaterials, label: str, workers: int, seconds: float, evaluation: float
+    url: str, problem: SimulatedMaterials, label: str, workers: int, seconds: float, evaluation: float
 ) -> Measured:
     """Runs so many processes for so many seconds, each evaluation a pause of `evaluation` seconds.
 
     The first fifth, in which they start, does not count.
     """
-    made = fresh(materials, label, 10**6)
+    made = fresh(problem, label, 10**6)
     made.__class__ = _Sleeping
     made.__dict__["seconds"] = evaluation
-    create(made.config, url, fresh=True, materials=made)
+    create(made.config, url, fresh=True, problem=made)
     begin = time.time()
-    context = multiprocessing.get_context("fork")  # the materials are open; no connection is
+    context = multiprocessing.get_context("fork")  # the problem are open; no connection is
     processes = [
         context.Process(target=_work, args=(url, made, begin + seconds), daemon=True) for _ in range(workers)
     ]
@@ -86,10 +86,10 @@ def real_rate(
     return Measured(workers, evaluation, done / (seconds * 4 / 5), mean)
 
 
-def _work(url: str, materials: Any, deadline: float) -> None:
-    store = StudyStore.open(url, materials.config.name)
+def _work(url: str, problem: Any, deadline: float) -> None:
+    store = StudyStore.open(url, problem.config.name)
     try:
-        run(store, materials, _Until(deadline), report=False)
+        run(store, problem, _Until(deadline), report=False)
     except _OverError:
         return
 

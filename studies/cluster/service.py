@@ -53,19 +53,19 @@ def sampler(label: str, seed: int = 0) -> SamplerConfig:
     return SamplerConfig(**parse_entrants(label)[0].sampler, seed=seed)
 
 
-def fresh(materials: Any, label: str, trials: int, seed: int = 0) -> Any:
-    """Simulated materials of a study with a name of its own."""
-    made = materials.sampled_by(sampler(label, seed), trials)
+def fresh(problem: Any, label: str, trials: int, seed: int = 0) -> Any:
+    """Simulated problem of a study with a name of its own."""
+    made = problem.sampled_by(sampler(label, seed), trials)
     object.__setattr__(
         made, "config", made.config.model_copy(update={"name": f"simulated-{secrets.token_hex(6)}"})
     )
     return made
 
 
-def measure_lock(url: str, materials: Any, workers: int) -> Lock:
+def measure_lock(url: str, problem: Any, workers: int) -> Lock:
     """One storage with so many virtual workers; Sobol points cost next to nothing to propose."""
     with _counted() as counts:
-        found = cluster(url, fresh(materials, "qmc", 10**6), workers)
+        found = cluster(url, fresh(problem, "qmc", 10**6), workers)
         begin = dict(counts)
         record = simulate(found, Plan(TOLD, lambda rng: 1e4))
         total = {key: counts[key] - begin[key] for key in counts}
@@ -150,14 +150,14 @@ class Proposals:
 
 
 def measure_proposals(
-    label: str, materials: Any, folder: str, after: Sequence[int], news: int = 32
+    label: str, problem: Any, folder: str, after: Sequence[int], news: int = 32
 ) -> Proposals:
     """What one engine takes; process time, since other processes may have the cores.
 
     Args:
         folder: for the evidence of engines that read answers. news: trials that are new, for `Proposals.each`.
     """
-    made = fresh(materials, label, 10**6)
+    made = fresh(problem, label, 10**6)
     evidence = EvidenceFolder(f"sqlite:///{folder}/study.db", "simulated")
     if label in DEAR:
         history = _sobol_history(made, max(after), evidence)
@@ -192,17 +192,17 @@ def _seconds(engine: Any, history: Sequence[TrialRecord]) -> float:
     return time.process_time() - begin
 
 
-def _sobol_history(materials: Any, trials: int, evidence: EvidenceFolder) -> list[TrialRecord]:
+def _sobol_history(problem: Any, trials: int, evidence: EvidenceFolder) -> list[TrialRecord]:
     """Complete trials: baselines, then Sobol points."""
-    space, found = materials.space, []
+    space, found = problem.space, []
     for number in range(trials):
-        if number < len(materials.baselines):
-            kind, recipe = materials.baselines[number].kind, materials.baselines[number].recipe
+        if number < len(problem.baselines):
+            kind, recipe = problem.baselines[number].kind, problem.baselines[number].recipe
         else:
             unit = sobol_point(len(space.names), 1, number)
             kind, recipe = "search", space.from_vector(space.low + unit * (space.high - space.low))
-        evaluation = materials.predicted(recipe)
-        values = tuple(float(metric.value(evaluation.outcomes)) for metric in materials.metrics)
+        evaluation = problem.predicted(recipe)
+        values = tuple(float(metric.value(evaluation.outcomes)) for metric in problem.metrics)
         attributes = {"recipe": recipe.key, "method": recipe.method, "evidence": evidence.save(evaluation)}
         found.append(TrialRecord(number, kind, "complete", recipe.coefficients, values, attributes, {}, 1.0))
     return found

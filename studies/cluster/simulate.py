@@ -116,9 +116,9 @@ class Search:
     deaths: int
 
 
-def search(materials: Any, label: str, workers: int, seed: int, plan: Plan, cost: Prices) -> Search:
+def search(problem: Any, label: str, workers: int, seed: int, plan: Plan, cost: Prices) -> Search:
     """One engine with so many workers; engine and cluster take the seed."""
-    made = service.fresh(materials, label, plan.trials + workers, seed)
+    made = service.fresh(problem, label, plan.trials + workers, seed)
     members, store = cluster_in_memory(made, workers, cost)
     record = simulate(members, replace(plan, seed=seed))
     values = [one.values for one in store.completed]
@@ -174,8 +174,8 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
         result["load"], result["minutes"] = os.getloadavg()[2], (time.time() - begin) / 60.0
         (arguments.out / "results.json").write_text(json.dumps(result, indent=1))
 
-    materials, answers = surrogate.load(arguments.study, arguments.names.split(","))
-    errors = surrogate.held_out(answers, lambda o: [metric.value(o) for metric in materials.metrics])
+    problem, answers = surrogate.load(arguments.study, arguments.names.split(","))
+    errors = surrogate.held_out(answers, lambda o: [metric.value(o) for metric in problem.metrics])
     of, seconds, failed, finished = latencies(*arguments.latency.rsplit("#", 1), answers)
     failed, finished = failed + answers.failed, finished + answers.tried
     death = (failed or 3.0) / finished  # none of n: the upper end of a 95 % interval
@@ -183,7 +183,7 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
         "surrogate": {
             "recipes": len(answers.x),
             "questions": len(answers.like),
-            "ridge": materials._surrogate.ridge,
+            "ridge": problem._surrogate.ridge,
             "error": np.abs(errors[:, 1] - errors[:, 0]).mean(axis=0).tolist(),
             "mean_error": np.abs(errors[:, 2] - errors[:, 0]).mean(axis=0).tolist(),
         },
@@ -196,7 +196,7 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
     means = {key: mean or float(np.mean(seconds)) for key, mean in LATENCIES.items()}
     with storages(arguments.storage) as urls:
         locks = {
-            storage: [service.measure_lock(url, materials, workers) for workers in sizes.workers]
+            storage: [service.measure_lock(url, problem, workers) for workers in sizes.workers]
             for storage, url in urls.items()
         }
         stamp("locks measured")
@@ -204,7 +204,7 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
         for engine in sizes.engines:
             after = sizes.after[:2] if engine == "gp" else sizes.after
             with tempfile.TemporaryDirectory(dir="runs/cluster") as folder:
-                proposals[engine] = service.measure_proposals(engine, materials, folder, after)
+                proposals[engine] = service.measure_proposals(engine, problem, folder, after)
             stamp(f"proposals of {engine} measured")
         result["locks"] = {storage: [asdict(lock) for lock in every] for storage, every in locks.items()}
         result["proposals"] = {engine: asdict(one) for engine, one in proposals.items()}
@@ -226,7 +226,7 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
                     result["saturation"].append(
                         {"storage": storage, "engine": engine, "latency": key, "workers": limit}
                     )
-        gradients = service.fresh(materials, "gradient", 1).proposal_evaluations
+        gradients = service.fresh(problem, "gradient", 1).proposal_evaluations
         result["gradient"] = {
             "evaluations": gradients,
             "workers": int(np.ceil((1.0 + gradients) / gradients)),
@@ -239,9 +239,7 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
         result["reality"] = []
         for storage, url in urls.items():
             for workers in sizes.real_workers:
-                result["reality"].append(
-                    reality(storage, url, materials, proposals["random"], workers, sizes)
-                )
+                result["reality"].append(reality(storage, url, problem, proposals["random"], workers, sizes))
                 stamp(f"{workers} real workers on {storage}: {result['reality'][-1]}")
         if "PostgreSQL" in urls:
             result["proxy"] = [asdict(one) for one in measure_calls(urls["PostgreSQL"], sizes.clients)]
@@ -250,13 +248,13 @@ def run(arguments: argparse.Namespace, sizes: Sizes, say: Any = print) -> dict[s
 
 
 def reality(
-    storage: str, url: str, materials: Any, proposals: Proposals, workers: int, sizes: Sizes
+    storage: str, url: str, problem: Any, proposals: Proposals, workers: int, sizes: Sizes
 ) -> dict[str, Any]:
     """Real processes, and what the simulation says of them; the lock is measured just before, and just after, since
     other jobs on the machine come and go."""
-    before = service.measure_lock(url, materials, workers)
-    real = real_rate(url, materials, "random", workers, sizes.real_seconds, 1.0)
-    after = service.measure_lock(url, materials, workers)
+    before = service.measure_lock(url, problem, workers)
+    real = real_rate(url, problem, "random", workers, sizes.real_seconds, 1.0)
+    after = service.measure_lock(url, problem, workers)
     lock = replace(before, ask=(before.ask + after.ask) / 2.0, tell=(before.tell + after.tell) / 2.0)
     cost = prices(lock, proposals, workers)
     expected = throughput(cost, workers, Plan(400, lambda rng: 1.0)).rate(50)
@@ -273,7 +271,7 @@ def searches(
     stamp: Any,
 ) -> Iterator[Search]:
     """Every engine, number of workers and seed, on fewer questions, with the lock's times as measured."""
-    materials, _ = surrogate.load(arguments.study, arguments.names.split(","), sizes.questions)
+    problem, _ = surrogate.load(arguments.study, arguments.names.split(","), sizes.questions)
     for engine in sizes.engines:
         if engine in sizes.left_out:
             continue
@@ -284,7 +282,7 @@ def searches(
             for seed in range(sizes.seeds):
                 plan = Plan(sizes.dear if dear else sizes.searched, draw, death)
                 cost = prices(lock, proposals[engine], lock.workers)
-                yield search(materials, engine, lock.workers, seed, plan, cost)
+                yield search(problem, engine, lock.workers, seed, plan, cost)
         stamp(f"{engine} searched")
 
 

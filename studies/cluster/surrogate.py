@@ -22,7 +22,7 @@ from objectives.outcomes import Floats, Outcomes
 from search.errors import StorageError
 from search.front import worst_corner
 from search.recipe import Recipe
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.samplers.answers_model import predicted_outcomes, relative_scores
 from search.storage.evidence import EvidenceFolder
 from search.storage.frozen import stored_config
@@ -153,18 +153,18 @@ def _outcomes(row: Floats, like: Outcomes) -> Outcomes:
     return predicted_outcomes(row.astype(np.float32), like=like)
 
 
-class SimulatedMaterials(Materials):
-    """Materials that predict instead of merging and scoring; all else is the product's."""
+class SimulatedMaterials(Problem):
+    """Problem that predict instead of merging and scoring; all else is the product's."""
 
     _surrogate: Surrogate
     _answers: Answers
     _recipe: Recipe
 
     @classmethod
-    def build(cls, materials: Materials, answers: Answers) -> SimulatedMaterials:
-        """Simulated materials of the study that the answers are from."""
-        made = cls(**{one.name: getattr(materials, one.name) for one in fields(Materials)})
-        made.__dict__["idle"] = materials.idle
+    def build(cls, problem: Problem, answers: Answers) -> SimulatedMaterials:
+        """Simulated problem of the study that the answers are from."""
+        made = cls(**{one.name: getattr(problem, one.name) for one in fields(Problem)})
+        made.__dict__["idle"] = problem.idle
         made._set("_surrogate", Surrogate(answers.x, answers.scores))
         made._set("_answers", answers)
         return made
@@ -203,7 +203,7 @@ class SimulatedMaterials(Materials):
 
 
 def load(url: str, names: Sequence[str], questions: int | None = None) -> tuple[SimulatedMaterials, Answers]:
-    """Simulated materials from finished studies, the first of which names the pair.
+    """Simulated problem from finished studies, the first of which names the pair.
 
     Raises:
         StorageError: a study is missing.
@@ -212,4 +212,4 @@ def load(url: str, names: Sequence[str], questions: int | None = None) -> tuple[
     answers = Answers.of(stores)
     if questions is not None:
         answers = answers.of_questions(questions)
-    return SimulatedMaterials.build(Materials.open(stored_config(stores[0]), "cpu"), answers), answers
+    return SimulatedMaterials.build(Problem.open(stored_config(stores[0]), "cpu"), answers), answers

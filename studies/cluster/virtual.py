@@ -222,54 +222,52 @@ class _InMemory(EvidenceFolder):
         return self._kept[int(digest)]
 
 
-def cluster(url: str, materials: Any, workers: int, grace: float = GRACE_SECONDS) -> list[VirtualWorker]:
-    """Workers at a new study of simulated materials in a storage; their connections are shared."""
-    create(materials.config, url, fresh=True, materials=materials)
+def cluster(url: str, problem: Any, workers: int, grace: float = GRACE_SECONDS) -> list[VirtualWorker]:
+    """Workers at a new study of simulated problem in a storage; their connections are shared."""
+    create(problem.config, url, fresh=True, problem=problem)
     storage, dead = connect(url, create=False), {}
-    folder = EvidenceFolder if _reads_answers(materials) else _Nowhere
+    folder = EvidenceFolder if _reads_answers(problem) else _Nowhere
     found = []
     for place in range(workers):
-        store = VirtualStore(url, storage, materials.config.name, grace)
+        store = VirtualStore(url, storage, problem.config.name, grace)
         store.dead = dead
-        found.append(VirtualWorker(store, _worker(store, materials, folder(url, store.name)), place))
+        found.append(VirtualWorker(store, _worker(store, problem, folder(url, store.name)), place))
     return found
 
 
-def cluster_in_memory(
-    materials: Any, workers: int, prices: Prices
-) -> tuple[list[VirtualWorker], MemoryStore]:
+def cluster_in_memory(problem: Any, workers: int, prices: Prices) -> tuple[list[VirtualWorker], MemoryStore]:
     """Workers at one study in memory, and what they share."""
-    store = MemoryStore(materials.config.trials, prices)
-    folder = _InMemory if _reads_answers(materials) else _Nowhere
-    worker = _worker(store, materials, folder("sqlite:///memory/study.db", store.name))
+    store = MemoryStore(problem.config.trials, prices)
+    folder = _InMemory if _reads_answers(problem) else _Nowhere
+    worker = _worker(store, problem, folder("sqlite:///memory/study.db", store.name))
     return [VirtualWorker(store, worker, place) for place in range(workers)], store
 
 
-def _reads_answers(materials: Any) -> bool:
-    return materials.config.sampler.engine == "composite"
+def _reads_answers(problem: Any) -> bool:
+    return problem.config.sampler.engine == "composite"
 
 
-def _worker(store: Any, materials: Any, evidence: EvidenceFolder) -> _Worker:
+def _worker(store: Any, problem: Any, evidence: EvidenceFolder) -> _Worker:
     """A worker as `search.study.run` makes it."""
 
     def answers(record: TrialRecord) -> Any:
         return evidence.load(str(record.attributes["evidence"]))
 
-    space = materials.space
+    space = problem.space
     bounds = (space.low, space.high)
     sources = Sources(
-        materials.metrics,
-        lambda: materials.gradient,
+        problem.metrics,
+        lambda: problem.gradient,
         answers,
-        lambda record: materials.losses(answers(record)),
+        lambda record: problem.losses(answers(record)),
     )
     engine = make_engine(
-        materials.config.sampler,
+        problem.config.sampler,
         space.names,
         bounds,
         sources,
-        materials.idle,
-        len(materials.baselines),
+        problem.idle,
+        len(problem.baselines),
         space.neutral,
     )
-    return _Worker(store, materials, evidence, engine, Observer(), Stopwatch(), Memory())
+    return _Worker(store, problem, evidence, engine, Observer(), Stopwatch(), Memory())

@@ -23,7 +23,7 @@ from search.results.board import Row, read_board
 from search.results.picks import pick
 from search.running.launch import create
 from search.running.memory import Memory
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.study import run
 
 SHARES = (1 / 3, 2 / 3, 1.0)
@@ -47,11 +47,11 @@ def gained(found: Mapping[tuple[str, ...], Rewards], base: Rewards, alone: Rewar
     return float(np.mean([share[wishes][[POLES.index(w) for w in wishes]].mean() for wishes in found]))
 
 
-def fixed(materials: Materials, wishes: tuple[str, ...], share: float) -> Rewards:
+def fixed(problem: Problem, wishes: tuple[str, ...], share: float) -> Rewards:
     """Of the three experts, a coefficient each, on the search prompts."""
-    names = [name.partition("/")[0] for name in materials.space.names]
-    materials.merge(materials.space.from_vector([share if name in wishes else 0.0 for name in names]))
-    found = materials.diversify("search")
+    names = [name.partition("/")[0] for name in problem.space.names]
+    problem.merge(problem.space.from_vector([share if name in wishes else 0.0 for name in names]))
+    found = problem.diversify("search")
     assert found is not None, "the study file has prompts"
     return np.array([found.values[pole].mean() for pole in POLES])
 
@@ -69,14 +69,14 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     build_all(options.seed)
-    materials, memory = Materials.open(study_of(options.seed), "cpu"), Memory()
+    problem, memory = Problem.open(study_of(options.seed), "cpu"), Memory()
     url = f"sqlite:///{BUILD / 'engines' / 'study.db'}"
     said = False
     for sampler in options.samplers:
         name = hashlib.sha256(f"{sampler} {options.trials} {options.seed}".encode()).hexdigest()[:12]
         changes = [f"sampler={{{sampler}, seed: {options.seed}}}", f"trials={options.trials}", f"name={name}"]
         config = study_of(options.seed, changes)
-        store, opened = create(config, url, "cpu", materials=materials.under(config))
+        store, opened = create(config, url, "cpu", problem=problem.under(config))
         run(store, opened, report=False, memory=memory)
         board = read_board(store)
         parents = {row.label: rewards(row) for row in board.parents}
@@ -84,7 +84,7 @@ def main() -> None:
         alone = np.array([parents[pole][index] for index, pole in enumerate(POLES)])
         if not said:
             for share in SHARES:
-                merges = {wishes: fixed(materials, wishes, share) for wishes in COMBINATIONS}
+                merges = {wishes: fixed(problem, wishes, share) for wishes in COMBINATIONS}
                 print(f"three experts, {share:.2f} each: {gained(merges, base, alone):.3f}", flush=True)
             said = True
         chosen = {

@@ -32,7 +32,7 @@ from search.export.folder import export_rows
 from search.results.board import read_board
 from search.results.picks import pick
 from search.running.launch import create
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.store import StudyStore
 from search.study import run
 
@@ -58,35 +58,35 @@ class Tasting:
         prompts: the report prompts, without wishes.
     """
 
-    def __init__(self, materials: Materials) -> None:
-        assert materials.prompts is not None, "the study file has prompts"
-        assert materials.config.diversity is not None
-        drawn = materials.config.diversity
+    def __init__(self, problem: Problem) -> None:
+        assert problem.prompts is not None, "the study file has prompts"
+        assert problem.config.diversity is not None
+        drawn = problem.config.diversity
         self.decoding = Decoding(
             drawn.samples, drawn.temperature, drawn.top_p, drawn.max_new_tokens, drawn.seed
         )
-        self.prompts = materials.prompts.report
-        self._materials = materials
+        self.prompts = problem.prompts.report
+        self._problem = problem
 
     def scores(self, model: Any, wishes: Sequence[str] = ()) -> Scores:
         """Scores of a model's answers by all preferences; the wishes are spoken behind every prompt."""
         asked = [wished(prompt, wishes) for prompt in self.prompts] if wishes else list(self.prompts)
-        tokenizer = self._materials.tokenizer
+        tokenizer = self._problem.tokenizer
         texts = AnswerSampler(model, tokenizer, asked, self.decoding).generate().texts(tokenizer)
-        found = [self._materials.preferences[pole](asked, texts) for pole in POLES]
+        found = [self._problem.preferences[pole](asked, texts) for pole in POLES]
         return np.stack(found, axis=-1)
 
     def merged(self, shares: dict[str, float], wishes: Sequence[str] = ()) -> Scores:
         """The same of a merge: one coefficient an expert, 0 for the others."""
-        space = self._materials.space
+        space = self._problem.space
         vector = [shares.get(name.partition("/")[0], 0.0) for name in space.names]
-        self._materials.merge(space.from_vector(vector))
-        return self.scores(self._materials.live.model, wishes)
+        self._problem.merge(space.from_vector(vector))
+        return self.scores(self._problem.live.model, wishes)
 
 
-def measure(store: StudyStore, materials: Materials, folder: Path) -> dict[str, Scores]:
+def measure(store: StudyStore, problem: Problem, folder: Path) -> dict[str, Scores]:
     """All arms by `ARM|COMBINATION`; the chosen merges are exported below `folder`, and read from there."""
-    tasting = Tasting(materials)
+    tasting = Tasting(problem)
     found = {f"base|{PLAIN}": tasting.merged({})}
     for pole in POLES:
         found[f"{pole}|{PLAIN}"] = tasting.merged({pole: 1.0})
@@ -139,11 +139,11 @@ def measured(seed: int) -> Path:
     config = study_of(seed)
     start = time.perf_counter()
     # Beside the models: built again, they are another study's.
-    store, materials = create(config, f"sqlite:///{folder / 'study.db'}", "cpu")
-    run(store, materials, report=False)  # the chosen merges are measured on the report prompts below
+    store, problem = create(config, f"sqlite:///{folder / 'study.db'}", "cpu")
+    run(store, problem, report=False)  # the chosen merges are measured on the report prompts below
     searched = time.perf_counter() - start
     print(f"soups search {searched:6.1f} s, {len(store.trials())} trials", file=sys.stderr, flush=True)
-    found = measure(store, materials, folder)
+    found = measure(store, problem, folder)
     staged = folder / f"partial-{path.name}"
     np.savez_compressed(staged, **found)
     os.replace(staged, path)

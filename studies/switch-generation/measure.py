@@ -21,7 +21,7 @@ import torch
 
 from search.config.study_file import StudyConfig, load_study_file
 from search.results.arms import RANDOM, ROUTER, SWITCH
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.switching.arms import Arms
 from search.switching.candidates import Setting, open_settings
 from search.switching.policies import Always
@@ -52,8 +52,8 @@ class Seed:
 
     def __init__(self, seed: int) -> None:
         self.number = seed
-        self.materials = Materials.open(study_of(seed), "cpu")
-        self._first = open_settings(self.materials, switching_of(self.materials).turns)[0]
+        self.problem = Problem.open(study_of(seed), "cpu")
+        self._first = open_settings(self.problem, switching_of(self.problem).turns)[0]
 
     def setting(self, config: StudyConfig) -> Setting:
         """The task with the turns of another config, the models shared."""
@@ -63,26 +63,26 @@ class Seed:
         other = Relay(models, relay.tokenizer, config.switching.turns, relay.stopping, relay.decoding)
         return replace(self._first, relay=other)
 
-    def trained(self, overrides: Sequence[str] = ()) -> tuple[Materials, Setting, Trained]:
+    def trained(self, overrides: Sequence[str] = ()) -> tuple[Problem, Setting, Trained]:
         """A switcher of the study with other settings of `switching`."""
         config = study_of(self.number, overrides)
-        materials = replace(self.materials, config=config)
+        problem = replace(self.problem, config=config)
         setting = self.setting(config)
-        return materials, setting, train(materials, [setting], BUILD / f"seed-{self.number}" / "rollouts")
+        return problem, setting, train(problem, [setting], BUILD / f"seed-{self.number}" / "rollouts")
 
 
-def arms_of(materials: Materials, setting: Setting, trained: Trained) -> Arms:
+def arms_of(problem: Problem, setting: Setting, trained: Trained) -> Arms:
     """All arms beside this switcher."""
-    switching = switching_of(materials)
-    return Arms(materials, [setting], {SWITCH: lambda one: trained.brain.policy(one.relay, switching)})
+    switching = switching_of(problem)
+    return Arms(problem, [setting], {SWITCH: lambda one: trained.brain.policy(one.relay, switching)})
 
 
 def lengths(seed: Seed) -> list[dict[str, Any]]:
     """Switching and chance for every length of a segment; at the longest, routing must come out of it exactly."""
     found = []
     for length in LENGTHS:
-        materials, setting, trained = seed.trained([f"switching.segment={length}"])
-        arms = arms_of(materials, setting, trained)
+        problem, setting, trained = seed.trained([f"switching.segment={length}"])
+        arms = arms_of(problem, setting, trained)
         entry: dict[str, Any] = {"segment": length}
         for label in (SWITCH, RANDOM):
             written = arms.written(label, "report")
@@ -101,12 +101,12 @@ def lengths(seed: Seed) -> list[dict[str, Any]]:
     return found
 
 
-def speed(setting: Setting, trained: Trained, materials: Materials) -> dict[str, float]:
+def speed(setting: Setting, trained: Trained, problem: Problem) -> dict[str, float]:
     """Tokens of the switcher on the report questions, and wall time a token, as multiples of its host alone.
 
     Times are the best of three.
     """
-    switching = switching_of(materials)
+    switching = switching_of(problem)
     prompts = [asked.prompt for asked in setting.asked["report"]]
     host = setting.relay.names.index(trained.host)
     seconds, cost = {}, Cost()
@@ -130,10 +130,10 @@ def speed(setting: Setting, trained: Trained, materials: Materials) -> dict[str,
 def measured(number: int) -> dict[str, Any]:
     """Everything about one seed, as plain JSON."""
     seed = Seed(number)
-    materials, setting, trained = seed.trained()
+    problem, setting, trained = seed.trained()
     for line in summary(trained):
         print(f"seed {number}: {line}", file=sys.stderr, flush=True)
-    arms = arms_of(materials, setting, trained)
+    arms = arms_of(problem, setting, trained)
     found: dict[str, Any] = {"seed": number, "best": arms.best, "arms": {}}
     for label in arms.labels:
         written = arms.written(label, "report")
@@ -151,7 +151,7 @@ def measured(number: int) -> dict[str, Any]:
     found["soup"] = list(arms.soup.ingredients)
     found["labels"] = {**trained.lesson.counts, "entropy": trained.lesson.labels.entropy}
     found["held out"] = trained.held_out
-    found["speed"] = speed(setting, trained, materials)
+    found["speed"] = speed(setting, trained, problem)
     found["lengths"] = lengths(seed)
     return found
 

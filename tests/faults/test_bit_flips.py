@@ -19,11 +19,11 @@ from search.running.launch import create, reopen
 from search.storage.evidence import EvidenceFolder
 from search.storage.manifest import MANIFEST, read_manifest
 from search.storage.store import StudyStore
+from tests.checkpoints.test_adapter_files import pair, write
 from tests.export_process import exported
 from tests.fault_table import Fault
 from tests.hostile_files import copy
 from tests.pico_study import write_study
-from tests.test_adapter_files import pair, write
 
 pytestmark = pytest.mark.fault(16)
 

@@ -115,16 +115,16 @@ def test_a_finished_study_is_left_as_it_is(cli: Cli, study: Path, uninterrupted:
 @pytest.mark.fault(6)
 def test_a_finished_study_can_be_extended(study: Path, tmp_path: Path, fault: Fault) -> None:
     url = url_in(tmp_path)
-    store, materials = create(load_study_file(study), url, "cpu")
+    store, problem = create(load_study_file(study), url, "cpu")
     set_budget(store, 2)
-    run(store, materials)
+    run(store, problem)
     before = whole(url), results(url)
-    store, materials = reopen(url, "pico", "cpu")
+    store, problem = reopen(url, "pico", "cpu")
     set_budget(store, None)
-    run(store, materials)
+    run(store, problem)
     assert whole(url) == before[0]
     assert set_budget(store, "+3") == 5
-    run(store, materials)
+    run(store, problem)
     fault.kept(before[1], results(url))
     assert len(results(url)) == len(BASELINES) + 5
     with pytest.raises(ConfigError, match=r"--trials \+-3: wanted a number"):

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.fault(27)
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without the time that drawing takes; what is drawn of odd studies: tests/test_report.py."""
+    """Reports without the time that drawing takes; what is drawn of odd studies: tests/results/test_report.py."""
     monkeypatch.setattr("search.results.page.render", lambda figure: Picture(b"png", b"svg", 3.0))
     monkeypatch.setattr("search.results.page.render_svg", lambda figure: b"svg")
 
@@ -148,9 +148,9 @@ def test_odd_studies_are_shown_and_exported(case: str, cli: Cli, tmp_path: Path)
         prepare(tmp_path / "study")
     url = f"sqlite:///{tmp_path / 'runs/pico/study.db'}"
     if case == "every search trial failed":
-        store, materials = create(load_study_file(study), url, "cpu")
+        store, problem = create(load_study_file(study), url, "cpu")
         with pytest.raises(TooManyFailuresError):
-            run(store, materials, Refusing())
+            run(store, problem, Refusing())
     else:
         code, _, err = cli("launch", study)
         assert code == 0, err

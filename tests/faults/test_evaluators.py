@@ -21,7 +21,7 @@ from search.merging.baselines import BASELINES
 from search.running.fidelity import rules
 from search.running.launch import create
 from search.running.observer import Observer
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.store import StudyStore
 from search.storage.trials import TrialRecord
 from search.study import run
@@ -34,7 +34,7 @@ FIRST = len(BASELINES)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> tuple[StudyStore, Materials]:
+def opened(tmp_path: Path) -> tuple[StudyStore, Problem]:
     study = write_study(tmp_path, trials=6)
     return create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
 
@@ -62,11 +62,11 @@ class Failing(Observer):
     ids=["evaluation", "torch", "memory"],
 )
 def test_a_failing_trial_is_recorded_and_replaced(
-    opened: tuple[StudyStore, Materials], error: Exception
+    opened: tuple[StudyStore, Problem], error: Exception
 ) -> None:
-    store, materials = opened
+    store, problem = opened
     observer = Failing(lambda number: number in (FIRST, FIRST + 2), error)
-    run(store, materials, observer)
+    run(store, problem, observer)
     trials = store.trials()
     assert [t.number for t in trials if t.state == "failed"] == [FIRST, FIRST + 2]
     assert sum(t.state == "complete" for t in trials) == FIRST + 6
@@ -74,31 +74,31 @@ def test_a_failing_trial_is_recorded_and_replaced(
 
 
 @pytest.mark.fault(24)
-def test_a_defect_is_no_failed_trial(opened: tuple[StudyStore, Materials]) -> None:
+def test_a_defect_is_no_failed_trial(opened: tuple[StudyStore, Problem]) -> None:
     """A bug must show itself: only what a recipe can cause is recorded as its failure."""
-    store, materials = opened
+    store, problem = opened
     with pytest.raises(KeyError):
-        run(store, materials, Failing(lambda number: number == FIRST, KeyError("bug")))
+        run(store, problem, Failing(lambda number: number == FIRST, KeyError("bug")))
 
 
 @pytest.mark.fault(24)
-def test_five_failures_in_a_row_stop_the_study(opened: tuple[StudyStore, Materials]) -> None:
-    store, materials = opened
+def test_five_failures_in_a_row_stop_the_study(opened: tuple[StudyStore, Problem]) -> None:
+    store, problem = opened
     with pytest.raises(
         TooManyFailuresError, match=r"trials 11 to 15 failed in a row; the last one: no\. Mend"
     ):
-        run(store, materials, Failing(lambda number: number >= FIRST, EvaluationError("no.")))
+        run(store, problem, Failing(lambda number: number >= FIRST, EvaluationError("no.")))
     assert len(store.trials()) == FIRST + 5
-    run(store, materials)  # mended
+    run(store, problem)  # mended
     assert sum(t.state == "complete" for t in store.trials()) == FIRST + 6
 
 
 @pytest.mark.fault(24)
-def test_a_failing_baseline_ends_the_study_at_once(opened: tuple[StudyStore, Materials]) -> None:
-    store, materials = opened
+def test_a_failing_baseline_ends_the_study_at_once(opened: tuple[StudyStore, Problem]) -> None:
+    store, problem = opened
     with pytest.raises(EvaluationError, match=r"trial 1 \(post\): broken. A study needs its baselines"):
-        run(store, materials, Failing(lambda number: number == 1, EvaluationError("broken.")))
-    run(store, materials)  # mended: the baseline is drawn again, and once
+        run(store, problem, Failing(lambda number: number == 1, EvaluationError("broken.")))
+    run(store, problem)  # mended: the baseline is drawn again, and once
     done = [t for t in store.trials() if t.state == "complete"]
     assert sorted(t.kind for t in done if t.kind != "search") == ["post", "pre", *["uniform"] * 9]
     assert len(done) == FIRST + 6
@@ -117,10 +117,8 @@ _ODD = {
 
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("kind", _ODD)
-def test_a_number_that_is_none_never_reaches_the_front(
-    opened: tuple[StudyStore, Materials], kind: str
-) -> None:
-    store, materials = opened
+def test_a_number_that_is_none_never_reaches_the_front(opened: tuple[StudyStore, Problem], kind: str) -> None:
+    store, problem = opened
     values, reason = _ODD[kind]
     count = [0]
 
@@ -128,8 +126,8 @@ def test_a_number_that_is_none_never_reaches_the_front(
         count[0] += 1
         return np.array(values if count[0] == FIRST + 2 else [0.5])
 
-    metrics = (replace(materials.metrics[0], function=odd), materials.metrics[1])
-    run(store, replace(materials, metrics=metrics), report=False)
+    metrics = (replace(problem.metrics[0], function=odd), problem.metrics[1])
+    run(store, replace(problem, metrics=metrics), report=False)
     failed = [t for t in store.trials() if t.state == "failed"]
     assert [t.number for t in failed] == [FIRST + 1]
     assert reason in failed[0].attributes["error"]
@@ -153,11 +151,11 @@ class Gluttons(Observer):
 
     CHUNK = 2**24
 
-    def __init__(self, materials: Materials, numbers: tuple[int, ...]) -> None:
+    def __init__(self, problem: Problem, numbers: tuple[int, ...]) -> None:
         self._numbers, self._hungry = numbers, False
         self.resident: list[int] = []
         self.reasons: list[str] = []
-        materials.live.model.model.layers[0].register_forward_pre_hook(self._forward)
+        problem.live.model.model.layers[0].register_forward_pre_hook(self._forward)
 
     def _forward(self, *_: object) -> None:
         eaten = []
@@ -175,11 +173,11 @@ class Gluttons(Observer):
 
 
 def _run_short_of_memory(study: str, url: str, numbers: tuple[int, ...]) -> tuple[list[int], list[str]]:
-    store, materials = create(load_study_file(Path(study)), url, "cpu")
-    observer = Gluttons(materials, numbers)
+    store, problem = create(load_study_file(Path(study)), url, "cpu")
+    observer = Gluttons(problem, numbers)
     most = _address_space() + 300 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    run(store, materials, observer, report=False)
+    run(store, problem, observer, report=False)
     return observer.resident, observer.reasons
 
 
@@ -232,16 +230,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def limited(tmp_path: Path, seconds: float | None, **keys: Any) -> tuple[StudyStore, Materials]:
+def limited(tmp_path: Path, seconds: float | None, **keys: Any) -> tuple[StudyStore, Problem]:
     study = write_study(tmp_path, trials=6, trial_seconds=seconds, **keys)
     return create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
 
 
 @pytest.mark.fault(26)
 def test_a_trial_that_takes_too_long_fails_and_the_study_goes_on(tmp_path: Path, clock: list[float]) -> None:
-    store, materials = limited(tmp_path, 60)
+    store, problem = limited(tmp_path, 60)
     observer = Slow(lambda: clock.__setitem__(0, clock[0] + 61), FIRST, FIRST + 2)
-    run(store, materials, observer)
+    run(store, problem, observer)
     trials = store.trials()
     assert [t.number for t in trials if t.state == "failed"] == [FIRST, FIRST + 2]
     assert sum(t.state == "complete" for t in trials) == FIRST + 6
@@ -255,7 +253,7 @@ def test_a_trial_that_takes_too_long_fails_and_the_study_goes_on(tmp_path: Path,
 def test_loading_models_is_no_trials_time(
     tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, of = Materials.load, rules.stages_of
+    load, of = Problem.load, rules.stages_of
 
     def slow(work: Callable[..., Any]) -> Callable[..., Any]:
         def done(*arguments: Any) -> Any:
@@ -264,10 +262,10 @@ def test_loading_models_is_no_trials_time(
 
         return done
 
-    monkeypatch.setattr(Materials, "load", slow(load))
+    monkeypatch.setattr(Problem, "load", slow(load))
     monkeypatch.setattr("search.study.stages_of", slow(of))
-    store, materials = limited(tmp_path, 60, racing={"error": 0.3, "looks": 4})
-    run(store, materials)
+    store, problem = limited(tmp_path, 60, racing={"error": 0.3, "looks": 4})
+    run(store, problem)
     assert "failed" not in {t.state for t in store.trials()}
     assert clock[0] > 2000
 
@@ -275,16 +273,16 @@ def test_loading_models_is_no_trials_time(
 @pytest.mark.fault(26)
 def test_a_limit_that_no_trial_keeps_stops_the_study(tmp_path: Path, clock: list[float]) -> None:
     """A baseline at once; search trials after five in a row. A higher limit goes on where it stopped."""
-    store, materials = limited(tmp_path / "one", 60)
+    store, problem = limited(tmp_path / "one", 60)
     with pytest.raises(
         EvaluationError, match=r"trial 0 \(pre\): took 61\.0 s .* A study needs its baselines"
     ):
-        run(store, materials, Slow(lambda: clock.__setitem__(0, clock[0] + 61), 0))
-    store, materials = limited(tmp_path / "two", 60)
+        run(store, problem, Slow(lambda: clock.__setitem__(0, clock[0] + 61), 0))
+    store, problem = limited(tmp_path / "two", 60)
     with pytest.raises(TooManyFailuresError, match="took 61"):
-        run(store, materials, Slow(lambda: clock.__setitem__(0, clock[0] + 61), *range(FIRST, 99)))
-    store, materials = limited(tmp_path / "two", 1000)
-    run(store, materials, Slow(lambda: clock.__setitem__(0, clock[0] + 61), *range(FIRST, 99)))
+        run(store, problem, Slow(lambda: clock.__setitem__(0, clock[0] + 61), *range(FIRST, 99)))
+    store, problem = limited(tmp_path / "two", 1000)
+    run(store, problem, Slow(lambda: clock.__setitem__(0, clock[0] + 61), *range(FIRST, 99)))
     assert sum(t.state == "complete" for t in store.trials()) == FIRST + 6
 
 
@@ -292,8 +290,8 @@ def test_a_limit_that_no_trial_keeps_stops_the_study(tmp_path: Path, clock: list
 def test_a_limit_that_is_not_reached_changes_nothing(tmp_path: Path) -> None:
     """Oracle: front, recipes, values and tags, number by number."""
     for folder, seconds in (("without", None), ("with", 3600.0)):
-        store, materials = limited(tmp_path / folder, seconds)
-        run(store, materials)
+        store, problem = limited(tmp_path / folder, seconds)
+        run(store, problem)
     without, limit = (whole(f"sqlite:///{tmp_path / folder / 'study.db'}") for folder in ("without", "with"))
     assert limit == without
 
@@ -301,6 +299,6 @@ def test_a_limit_that_is_not_reached_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.fault(26)
 def test_a_trial_that_really_takes_too_long(tmp_path: Path) -> None:
-    store, materials = limited(tmp_path, 10.0)
-    run(store, materials, Slow(lambda: time.sleep(10.1), FIRST + 1), report=False)
+    store, problem = limited(tmp_path, 10.0)
+    run(store, problem, Slow(lambda: time.sleep(10.1), FIRST + 1), report=False)
     assert [t.number for t in store.trials() if t.state == "failed"] == [FIRST + 1]

@@ -22,13 +22,13 @@ from tests.study_process import AFTER_TELL, Striker, ended, results, said, sound
 
 def _once_more_in_one_process(disk: Path, study: Path) -> list[Any]:
     """What a notebook does: the same process makes room and runs the study again."""
-    store, materials = create(load_study_file(study), url_in(disk), "cpu")
+    store, problem = create(load_study_file(study), url_in(disk), "cpu")
     try:
-        run(store, materials, Striker("evaluated", 12, partial(fill, disk)))
+        run(store, problem, Striker("evaluated", 12, partial(fill, disk)))
     except DiskError as error:
         (disk / "filler").unlink()
-        store, materials = reopen(url_in(disk), "pico", "cpu")
-        run(store, materials)
+        store, problem = reopen(url_in(disk), "pico", "cpu")
+        run(store, problem)
         return [str(error), whole(url_in(disk))]
     raise AssertionError("the disk was not full")
 

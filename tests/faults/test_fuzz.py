@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from search.config.strict_yaml import load_yaml
 from search.config.study_file import StudyConfig, parse_study
 from search.errors import ConfigError
+from tests.config.test_config import GOOD
 from tests.fault_table import Fault
 from tests.faults import fuzz_targets
 from tests.faults.fuzz_targets import TARGETS, WITH_ATHERIS, quickly
-from tests.test_config import GOOD
 
 _HOSTILE = [b"\x00", b"\xff", b"\n", b"\\ud800", b"\\u0000", b"\x1b[2J", b"1e999", b"NaN", b"-1", b"9" * 5000]
 _HOSTILE += [b"{}", b"[]", b"null", b"true", b"18446744073709551616", b"../", b'""', b"[" * 500, b"{" * 40]

@@ -55,9 +55,9 @@ def test_a_study_of_a_released_version_opens_goes_on_and_ships(
     # Its places are gone, and its worker was on another machine.
     places = [f"parents.{name}={folder / name}" for name in ("pre", "post")]
     places.append(f"tasks.0.path={folder / 'questions.jsonl'}")
-    store, materials = reopen(url, NAME, "cpu", places, grace=0.5)
+    store, problem = reopen(url, NAME, "cpu", places, grace=0.5)
     set_budget(store, "+2")
-    run(store, materials)
+    run(store, problem)
     fault.kept(before, results(url, NAME))
     trials = store.trials()
     assert [t.number for t in trials] == list(range(len(trials)))

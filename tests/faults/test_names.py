@@ -19,7 +19,7 @@ from search.results.plots.style import Picture, label, render_svg
 from tests.conftest import Cli
 from tests.pico import save_pair
 from tests.pico_study import write_questions, write_study
-from tests.test_report import answers
+from tests.results.test_report import answers
 
 pytestmark = pytest.mark.fault(23)
 

@@ -323,9 +323,9 @@ def _on_a_read_only_disk(disk: Path, study: Path, finished: Path) -> None:
     make_read_only(disk)
     _may_only_be_read(url_in(disk / "runs"), study)
     make_writable(disk)
-    store, materials = reopen(url_in(disk / "runs"), "pico", "cpu")
+    store, problem = reopen(url_in(disk / "runs"), "pico", "cpu")
     set_budget(store, "+1")
-    run(store, materials)
+    run(store, problem)
     assert len(store.trials()) == TOTAL + 1
 
 

@@ -10,8 +10,8 @@ import pytest
 from search.config.strict_yaml import MAX_BYTES, load_yaml
 from search.config.study_file import load_study_file, parse_study
 from search.errors import ConfigError
+from tests.config.test_config import GOOD, load
 from tests.conftest import Cli
-from tests.test_config import GOOD, load
 
 
 @pytest.mark.fault(22)

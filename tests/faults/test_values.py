@@ -79,9 +79,9 @@ def test_parents_that_are_zero_throughout_are_noted_and_searched(tmp_path: Path)
     study = write_study(tmp_path, trials=2)
     tensors = load_file(tmp_path / "pre" / SINGLE)
     edit_tensors(tmp_path / "pre", **{name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
-    store, materials = create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
-    assert f"pre: {len(tensors)} tensors are zero throughout" in materials.notes[0]
-    run(store, materials)
+    store, problem = create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
+    assert f"pre: {len(tensors)} tensors are zero throughout" in problem.notes[0]
+    run(store, problem)
     assert {trial.state for trial in store.trials()} == {"complete"}
 
 
@@ -130,8 +130,8 @@ def test_trials_that_overflow_fail_and_the_study_goes_on(tmp_path: Path) -> None
         weights = load_file(tmp_path / label / SINGLE)[unused]
         weights[-1] = one
         edit_tensors(tmp_path / label, **{unused: weights})
-    store, materials = create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
-    run(store, materials, report=False)
+    store, problem = create(load_study_file(study), f"sqlite:///{tmp_path / 'study.db'}", "cpu")
+    run(store, problem, report=False)
     for trial in store.trials():
         assert (trial.state == "failed") == (abs(trial.coefficients["all"]) * value > 65_520)
         if trial.state == "failed":

@@ -15,7 +15,7 @@ from search.results.compare.entrants import Entry, budget_tokens, entries, parse
 from search.results.compare.runs import checkpoints, run_entries
 from search.results.compare.standings import Standings, read_standings
 from search.results.compare.table import comparison_table
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.running.workers import beside, use_threads
 from search.storage.database import shown
 from search.storage.frozen import read_config
@@ -62,19 +62,19 @@ def compare(
         )
     entrants = parse_entrants(engines)
     use_threads(workers)
-    materials = Materials.open(config, device)
-    tokens = budget_tokens(budget, materials.evaluator("search").tokens, len(materials.baselines))
+    problem = Problem.open(config, device)
+    tokens = budget_tokens(budget, problem.evaluator("search").tokens, len(problem.baselines))
     first, *_ = entries(config, entrants, 1, tokens)
-    config = _with_batches(config, url, materials, first.config.name)
+    config = _with_batches(config, url, problem, first.config.name)
     every = entries(config, entrants, seeds, tokens)
     if helping:
-        run_entries(every, materials, url, helping=True)
+        run_entries(every, problem, url, helping=True)
         return ""
     logger.info(
         "%d studies of %s tokens (%.0f evaluations) in %s",
         len(every),
         f"{tokens:,}",
-        tokens / materials.evaluator("search").tokens,
+        tokens / problem.evaluator("search").tokens,
         shown(url),
     )
     start = ["compare", str(study), "--engines", engines, "--budget", budget, "--seeds", str(seeds)]
@@ -82,12 +82,12 @@ def compare(
     for override in (*overrides, f"batch_tokens={config.batch_tokens}"):
         start += ["--set", override]
     with held_back(), beside([[*start, "--helping"]] * (workers - 1), url), let_through():
-        stores = run_entries(every, materials, url, done=_say)
+        stores = run_entries(every, problem, url, done=_say)
     found = read_standings(config.name, every, stores, checkpoints(tokens))
     return _written(found, out)
 
 
-def _with_batches(config: StudyConfig, url: str, materials: Materials, first: str) -> StudyConfig:
+def _with_batches(config: StudyConfig, url: str, problem: Problem, first: str) -> StudyConfig:
     """The config with tokens a batch: given, or as an earlier run of the comparison measured them, or measured now.
 
     All processes and all runs keep to one number: another one changes the last bits of the scores.
@@ -99,8 +99,8 @@ def _with_batches(config: StudyConfig, url: str, materials: Materials, first: st
     if size is None and (known := read_config(url, first)) is not None:
         size = known.batch_tokens
     if size is None:
-        size = materials.scorer.measure(closed(materials.questions.search))
-    materials.scorer.use(size)
+        size = problem.scorer.measure(closed(problem.questions.search))
+    problem.scorer.use(size)
     return config.model_copy(update={"batch_tokens": size})
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from search.results.compare.entrants import Entry
 from search.running.launch import create
 from search.running.memory import Memory
-from search.running.problem import Materials
+from search.running.problem import Problem
 from search.storage.database import reserved
 from search.storage.store import StudyStore
 from search.study import POLL_SECONDS, run
@@ -26,7 +26,7 @@ def checkpoints(tokens: int) -> tuple[int, ...]:
 
 def run_entries(
     entries: Sequence[Entry],
-    materials: Materials,
+    problem: Problem,
     url: str,
     *,
     helping: bool = False,
@@ -58,7 +58,7 @@ def run_entries(
                     continue
                 began = time.monotonic()
                 assert entry.config.tokens is not None, "a comparison counts tokens"
-                store, own = create(entry.config, url, materials=materials.under(entry.config))
+                store, own = create(entry.config, url, problem=problem.under(entry.config))
                 there = len(store.trials())
                 run(store, own, checkpoints=checkpoints(entry.config.tokens), memory=memory)
                 stores[name] = store
