@@ -18,7 +18,8 @@ from tests.fault_table import Fault
 from tests.pico_study import write_study
 from tests.study_process import ended, results, sound, start, terminate_self, url_in, whole
 
-SOON = 10  # seconds, on a machine that has other things to do, too
+TRIALS = 5000  # more than any test waits for
+GUARD = 120  # seconds after which a test gives up; what it waits for comes at once, or never
 
 pytestmark = pytest.mark.fault(2)
 
@@ -42,7 +43,7 @@ def test_sigterm_gives_the_trial_back_and_exits_143(
 @contextmanager
 def launched(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A long study under way in a process of its own, which has printed that a trial is done; and its storage."""
-    study, url = write_study(folder / "study", trials=5000), url_in(folder)
+    study, url = write_study(folder / "study", trials=TRIALS), url_in(folder)
     command = [sys.executable, "-m", "search.cli.main", "launch", str(study), "--storage", url, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -71,12 +72,12 @@ def test_a_signal_ends_a_study_in_order(
 ) -> None:
     with launched(tmp_path, *options) as (process, url):
         before = results(url)
-        began = time.monotonic()
         process.send_signal(number)
         assert process.stderr is not None
         err = process.stderr.read()
-        assert process.wait(60) == code
-        assert time.monotonic() - began < SOON
+        assert process.wait(GUARD) == code
+        done = len(results(url))
+        assert done < TRIALS, "the study went on to its end"
     # A rich console breaks the line where the terminal ends.
     assert f"stopped by {number.name}; nothing is lost: resume" in " ".join(err.split())
     assert "Traceback" not in err
@@ -100,10 +101,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, fault: Fault) -> None:
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1.5)
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(SOON) == 130
-        assert time.monotonic() - began < 3
+        assert process.wait(GUARD) == 130, "it waits for a lock that is never let go"
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
     fault.struck(2)

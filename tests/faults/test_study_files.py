@@ -151,10 +151,10 @@ def test_an_alias_bomb_is_refused_at_once() -> None:
     bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
     )
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError, match="anchors and aliases"):
         load_yaml(bomb, "bomb")
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.fault(22)
